@@ -1,0 +1,121 @@
+"""What became of the data on its way to rows: how much there is, how much of it is learned, what was cut or dropped."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from smore_cli.data.batch import Row
+
+__all__ = ["DataReport", "SourceReport", "content_hash", "name_rows"]
+
+NAMED_ROWS = 10
+"""How many row numbers a message lists."""
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """Counts of one source, or of all together.
+
+    Attributes:
+        origin: the source.
+        rows: rows that are used.
+        truncated: how many of these lost tokens to max_length.
+        dropped: numbers (from 1) of the rows that had nothing to learn and are not used.
+        tokens: tokens of the rows, every branch counted.
+        supervised: how many of these are learned.
+        longest: tokens of the longest row, every branch counted.
+    """
+
+    origin: str
+    rows: int
+    truncated: int
+    dropped: tuple[int, ...]
+    tokens: int
+    supervised: int
+    longest: int
+
+    @classmethod
+    def of(cls, origin: str, rows: Sequence[Row], *, truncated: int, dropped: Iterable[int]) -> SourceReport:
+        """Counts the tokens of the rows of a source."""
+        return cls(
+            origin=origin,
+            rows=len(rows),
+            truncated=truncated,
+            dropped=tuple(dropped),
+            tokens=sum(row.length for row in rows),
+            supervised=sum(sum(mask) for row in rows for mask in row.supervised),
+            longest=max((row.length for row in rows), default=0),
+        )
+
+    def line(self) -> str:
+        """Returns the counts as one line."""
+        line = (
+            f"{self.origin}: {_count(self.rows, 'row')}, {_count(self.tokens, 'token')}, "
+            f"{self.supervised:,} supervised, longest row {self.longest:,}, "
+            f"{self.truncated:,} truncated, {len(self.dropped):,} dropped"
+        )
+        return f"{line} ({name_rows(self.dropped)}: nothing to learn)" if self.dropped else line
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts per source and a hash of what is learned.
+
+    Attributes:
+        sources: one report a source, in the recipe's order.
+        content_hash: sha256 over token ids, masks and right branches, in order; equal hashes mean equal training data.
+    """
+
+    sources: tuple[SourceReport, ...]
+    content_hash: str
+
+    @property
+    def total(self) -> SourceReport:
+        """The counts of all sources together; dropped rows keep their number in their own source."""
+        return SourceReport(
+            origin="all sources",
+            rows=sum(source.rows for source in self.sources),
+            truncated=sum(source.truncated for source in self.sources),
+            dropped=tuple(number for source in self.sources for number in source.dropped),
+            tokens=sum(source.tokens for source in self.sources),
+            supervised=sum(source.supervised for source in self.sources),
+            longest=max((source.longest for source in self.sources), default=0),
+        )
+
+    def lines(self) -> list[str]:
+        """Returns the report for people, one line a source."""
+        return [source.line() for source in self.sources]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the report as plain values, for JSON."""
+        return asdict(self)
+
+
+def name_rows(numbers: Sequence[int]) -> str:
+    """Returns row numbers for a message, the first ten of them: 'rows 3, 8, 21'."""
+    named = ", ".join(str(number) for number in numbers[:NAMED_ROWS])
+    more = f" and {len(numbers) - NAMED_ROWS:,} more" if len(numbers) > NAMED_ROWS else ""
+    return f"{'row' if len(numbers) == 1 else 'rows'} {named}{more}"
+
+
+def content_hash(rows: Iterable[Row]) -> str:
+    """Returns the sha256 (hex) of rows: the same on every platform, another for other tokens, masks or order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        parts = [[row.gold, len(row.branches)], row.prompt]
+        for branch, mask in zip(row.branches, row.supervised, strict=True):
+            parts += [branch, [int(learned) for learned in mask]]
+        for part in parts:
+            digest.update(np.asarray([len(part), *part], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

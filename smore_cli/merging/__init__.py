@@ -1,0 +1,1 @@
+"""Adapters made into ordinary weights, with the difference measured."""

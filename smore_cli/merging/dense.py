@@ -1,0 +1,63 @@
+"""LoRA folded into the weights it stands beside: W + scale * B A, exact but for one rounding to W's own type."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from smore_cli.errors import UsageError
+from smore_cli.nn import AdaptedLinear, adapted_modules, detach
+from smore_cli.nn.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["merge_lora"]
+
+
+def merge_lora(model: PreTrainedModel, name: str = "default") -> int:
+    """Adds a LoRA adapter to the dense weights of its backbone, in place, and takes it off.
+
+    The sum is formed in float64 and rounded once, so what differs afterwards is the rounding of the weights alone.
+
+    Args:
+        model: with the adapter attached; not quantised.
+        name: the adapter's name.
+
+    Returns:
+        How many linear maps were changed.
+
+    Raises:
+        UsageError: the adapter is no LoRA, or the weights are quantised.
+    """
+    adapted = {path: module for path, module in adapted_modules(model).items() if name in module.adapters}
+    for path, module in adapted.items():
+        if not isinstance(module.adapters[name], LowRank):
+            raise UsageError(f"{path}: only a LoRA adapter is a matrix that can be added to the weight")
+        if not module.weight.is_floating_point():
+            raise UsageError(f"{path}: its weight is quantised, and an update added to it would be rounded away")
+    for module in adapted.values():
+        _untie(model, module)
+        _add(module, cast("LowRank", module.adapters[name]))
+    detach(model, name)
+    return len(adapted)
+
+
+@torch.no_grad()
+def _add(module: AdaptedLinear, adapter: LowRank) -> None:
+    weight = module.weight
+    update = adapter.scale * (adapter.lora_B.double() @ adapter.lora_A.double())  # (d_out, d_in)
+    if type(module.base).__name__ == "Conv1D":  # GPT-2's linear map holds its weight as (d_in, d_out)
+        update = update.t()
+    weight.copy_((weight.double() + update).to(weight.dtype))
+
+
+def _untie(model: PreTrainedModel, module: AdaptedLinear) -> None:
+    """Gives an output head that shares the embedding's weight a weight of its own: the embedding must not change."""
+    embedding: Any = model.get_input_embeddings()
+    base = module.base
+    if base is not embedding and module.weight is embedding.weight:
+        base.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False

@@ -1,0 +1,97 @@
+"""The registry of methods: one file here is one method, its file name is the method's name.
+
+A method file holds a `MethodConfig` subclass: the fields a recipe may set under `adapter:`, the formula of its
+parameter count, and `build`, which makes the adapter of one linear map. Modules are imported only when named, and
+import torch only inside functions, so that checking a recipe stays fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from smore_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from smore_cli.nn import Adapter
+
+__all__ = ["MethodConfig", "Site", "available_methods", "config_from_dict", "load_method"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter sits: one linear map y = W x of the backbone.
+
+    Attributes:
+        name: the module's path in the backbone, as in `model.layers.0.mlp.up_proj`.
+        in_features: width of x.
+        out_features: width of y.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+class MethodConfig(BaseModel):
+    """What a recipe may say under `adapter:`; every method adds its own fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    title: ClassVar[str]
+    """The method's name as its paper writes it, and its idea in a few words."""
+    paper: ClassVar[str]
+    """Link to the paper."""
+    routed: ClassVar[bool] = True
+    """Whether the update depends on the token (and so has no exact dense form)."""
+
+    method: Annotated[str, Field(description="which method; `smore recipe schema` lists the fields of each")]
+    target_modules: Annotated[
+        list[str] | str,
+        Field(description="names of the linear maps to adapt, as in [q_proj, v_proj], or 'all-linear'"),
+    ] = "all-linear"
+
+    def build(self, site: Site) -> Adapter:
+        """Returns the freshly initialised adapter of one linear map (float32)."""
+        raise NotImplementedError
+
+    def num_parameters(self, site: Site) -> int:
+        """Returns how many trainable numbers `build(site)` has, from the method's formula."""
+        raise NotImplementedError
+
+
+def available_methods() -> list[str]:
+    """Returns the names of all methods, sorted, without importing them."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load_method(name: str) -> type[MethodConfig]:
+    """Returns the config class of the method `name`.
+
+    Raises:
+        UsageError: there is no such method; the message suggests the nearest name.
+    """
+    methods = available_methods()
+    if name not in methods:
+        near = difflib.get_close_matches(name, methods, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(methods)}"
+        raise UsageError(f"unknown method '{name}'", hint)
+    module = importlib.import_module(f"{__name__}.{name}")
+    configs = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, MethodConfig) and value.__module__ == module.__name__
+    ]
+    if len(configs) != 1:
+        raise TypeError(f"{module.__name__} must define exactly one MethodConfig, found {len(configs)}")
+    return configs[0]
+
+
+def config_from_dict(values: dict[str, Any]) -> MethodConfig:
+    """Returns the checked config of a saved adapter's settings (`method` names the class)."""
+    return load_method(str(values.get("method"))).model_validate(values)

@@ -1,0 +1,1 @@
+"""Backbones and adapters on disk: finding, loading, saving."""

@@ -1,0 +1,153 @@
+"""What travels beside the hidden states: the token mask going in, routing records coming out.
+
+One explicit object, made current around the model call:
+
+    with AdapterContext(token_mask=batch.token_mask) as context:
+        loss = ...model(...)
+    loss = loss + context.aux_loss()
+
+A balance loss is a function of *sums over tokens*, so the records keep the sums, not the losses. That is what lets a
+step be split at will: with S the sums over a whole step and S_i those of one forward pass, `aux_loss(S)` evaluates the
+loss at S while its gradient flows through S_i alone; over all passes that adds up to the gradient of the loss of the
+whole step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from torch import Tensor, nn
+
+__all__ = ["AdapterContext", "AuxLoss", "RoutingRecord", "RoutingTrace", "checkpoint_contexts", "current_context"]
+
+
+class AuxLoss(Protocol):
+    """A loss on sums over tokens; equal losses compare and hash equal, so that they are evaluated together."""
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Maps sums (..., k, s) to losses (...)."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """The balance statistics of one router (one level of it) in one forward pass.
+
+    Attributes:
+        owner: the adapter the router belongs to.
+        level: tree level, 0 = leaves.
+        sums: (k, s) sums over real tokens, differentiable, at least float32.
+        loss: the auxiliary loss of these sums.
+        load: (s,) how often each expert was picked, or its gate mass where all are; detached.
+    """
+
+    owner: nn.Module
+    level: int
+    sums: Tensor
+    loss: AuxLoss
+    load: Tensor
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """The routing of every token by one router (one level of it), for inspection.
+
+    Attributes:
+        owner: the adapter the router belongs to.
+        level: tree level, 0 = leaves.
+        probabilities: (N, F, s) the router's distribution over all experts, for each of the F parent nodes.
+        gates: (N, F, s) the weights applied, 0 where an expert was not picked.
+    """
+
+    owner: nn.Module
+    level: int
+    probabilities: Tensor
+    gates: Tensor
+
+
+@dataclass
+class AdapterContext(AbstractContextManager["AdapterContext"]):
+    """Makes itself current for the model calls inside its `with` block.
+
+    Attributes:
+        token_mask: (B, S), true or non-zero on real tokens; None: every token is real.
+        aux: whether routers add to `records` (training) or not (evaluation).
+        observe: called with the `RoutingTrace` of every router, for inspection.
+        records: what the routers added, in the order of the forward pass.
+    """
+
+    token_mask: Tensor | None = None
+    aux: bool = True
+    observe: Callable[[RoutingTrace], None] | None = None
+    records: list[RoutingRecord] = field(default_factory=list)
+    _tokens: list[Token[AdapterContext | None]] = field(default_factory=list, repr=False)
+
+    def __enter__(self) -> AdapterContext:
+        """Makes this context current."""
+        self._tokens.append(_CURRENT.set(self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Makes the context current that was so before."""
+        _CURRENT.reset(self._tokens.pop())
+
+    def flat_mask(self, num_tokens: int, device: torch.device) -> Tensor | None:
+        """Returns the token mask as (N,) bool, or None where every token is real.
+
+        Raises:
+            ValueError: the mask is for another number of tokens than the hidden states hold.
+        """
+        if self.token_mask is None:
+            return None
+        if self.token_mask.numel() != num_tokens:
+            raise ValueError(f"token_mask has {self.token_mask.numel()} tokens, the hidden states have {num_tokens}")
+        return self.token_mask.reshape(-1).to(device) != 0
+
+    def statistics(self) -> list[Tensor]:
+        """Returns the detached sums of every record, in order; they add up over forward passes and processes."""
+        return [record.sums.detach() for record in self.records]
+
+    def aux_loss(self, totals: list[Tensor] | None = None) -> Tensor:
+        """Returns the sum of all auxiliary losses, a scalar (0 where there are none).
+
+        Args:
+            totals: `statistics()` summed over all forward passes of the step. The value is then the loss of the whole
+                step, and the gradient is the share of it that belongs to this pass. None: this pass is the step.
+        """
+        groups: dict[tuple[Hashable, torch.Size], list[Tensor]] = defaultdict(list)
+        for i, record in enumerate(self.records):
+            sums = record.sums if totals is None else totals[i] + (record.sums - record.sums.detach())
+            groups[record.loss, sums.shape].append(sums)
+        losses = [loss(torch.stack(sums)).sum() for (loss, _), sums in groups.items()]  # type: ignore[operator]
+        return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+_CURRENT: ContextVar[AdapterContext | None] = ContextVar("smore_adapter_context", default=None)
+
+
+def current_context() -> AdapterContext | None:
+    """Returns the context of the model call that is running, if it has one."""
+    return _CURRENT.get()
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """The `context_fn` of `torch.utils.checkpoint`: contexts for the forward pass and for its recomputation.
+
+    The recomputation runs when the `with` block has long ended, maybe in another thread, and must not record twice: it
+    gets the same mask and a record list of its own that is thrown away.
+    """
+    context = current_context()
+    if context is None:
+        return nullcontext(), nullcontext()
+    return nullcontext(), AdapterContext(token_mask=context.token_mask, aux=context.aux)

@@ -1,0 +1,170 @@
+"""A tree of residual low-rank experts (S'MoRE, eq. 3 and 10).
+
+Pool l = 0..L-1, leaves first. Every expert sees the token, every parent sums its children:
+
+    e_n(x)      = c_l (B_n (A_n x + a_n) + b_n)                            expert n of pool l, in R^{d_{l+1}}
+    x_{l+1}     = sum_children alpha act( e_n(x) + W_l x_l + w_l )         "all"       (eq. 3)
+                = sum_children alpha ( e_n(x) + W_l act(x_l) + w_l )       "child_v2"  (S'MoRE*, eq. 10)
+                = sum_children ( alpha e_n(x) + W_l act(x_l) + w_l )       "child"     (released code only)
+    y           = W x + b + P x_L + p
+
+A child state x_l belongs to a node of the tree (a path), an expert's e_n to the token alone: it is computed once
+however many parents picked it. Widths: d_0 = 0, d_{l+1} = d_l + s_l r_l, so that no information must be dropped on the
+way up; a shared pool (S'MoRE#) has d_l = s r throughout.
+
+    x --[A_{L-1}; ..; A_0; D]--> latents | x_down        one GEMM over d_in
+           router(x_down) -> picks of every level         rank space
+           leaves -> ... -> x_L                           rank space
+    x_L --[P]--> added into y                             one GEMM over d_out
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smore_cli.nn.adapted import Adapter, add_projection
+from smore_cli.nn.context import current_context
+from smore_cli.nn.tree_router import Activation, Picks, TreeRouter, activation_module
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["ActivationPosition", "Initialisation", "Tree"]
+
+ActivationPosition = Literal["all", "child_v2", "child"]
+Initialisation = Literal["w_final_zero", "eq_1_layer", "b_zero", "bw_zero", "normal"]
+
+
+class Tree(Adapter):
+    """S'MoRE's update of one linear map.
+
+    Attributes:
+        A, a: (s_l, r_l, d_in), (s_l, r_l) down-projections of each pool; one entry for all levels if the pool is
+        shared. B, b: (s_l, d_{l+1}, r_l), (s_l, d_{l+1}) up-projections.
+        W, w: (d_{l+1}, d_l), (d_{l+1}) transform of the child state; entry i belongs to level i + 1, leaves have none.
+        P, p: (d_out, d_L), (d_out) final projection.
+        act: activation of each level.
+        router: picks the tree.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        num_experts: Sequence[int],
+        rank: Sequence[int],
+        scale: Sequence[float],
+        router: TreeRouter,
+        activation: Activation,
+        activation_position: ActivationPosition,
+        shared_pool: bool,
+        init: Initialisation,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.rank, self.scale = list(num_experts), list(rank), list(scale)
+        self.activation_position, self.shared_pool, self.init = activation_position, shared_pool, init
+        self.widths = _state_widths(num_experts, rank, shared_pool)  # d_0 .. d_L
+        pools = [0] if shared_pool else range(len(rank))
+        shape = [(num_experts[l], rank[l], self.widths[l + 1]) for l in pools]
+        self.A = nn.ParameterList(torch.empty(s, r, d_in) for s, r, _ in shape)
+        self.a = nn.ParameterList(torch.empty(s, r) for s, r, _ in shape)
+        self.B = nn.ParameterList(torch.empty(s, d, r) for s, r, d in shape)
+        self.b = nn.ParameterList(torch.empty(s, d) for s, _, d in shape)
+        self.W = nn.ParameterList(torch.empty(d, e) for e, d in zip(self.widths[1:], self.widths[2:], strict=False))
+        self.w = nn.ParameterList(torch.empty(d) for d in self.widths[2:])
+        self.P = nn.Parameter(torch.empty(d_out, self.widths[-1]))
+        self.p = nn.Parameter(torch.empty(d_out))
+        self.act = nn.ModuleList(activation_module(activation) for _ in rank)
+        self.router = router
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises by the rule `init`; all but `normal` give an update of exactly zero (dossier section 2)."""
+        for group in (self.a, self.b, self.w, [self.p]):
+            for bias in group:
+                nn.init.zeros_(bias)
+        for weight in (*self.A, *self.B, *self.W, self.P):
+            bound = 1 / math.sqrt(weight.shape[-1])
+            nn.init.uniform_(weight, -bound, bound)
+        if self.init in ("w_final_zero", "eq_1_layer"):
+            nn.init.zeros_(self.P)
+        if self.init in ("b_zero", "bw_zero"):
+            for B in self.B:
+                nn.init.zeros_(B)
+        if self.init == "bw_zero":
+            for W in self.W:
+                nn.init.zeros_(W)
+        if self.init == "eq_1_layer":
+            self._select_blocks()
+
+    def _select_blocks(self) -> None:
+        """B and W as selectors: with identity activation the tree is then one layer of LoRA experts."""
+        with torch.no_grad():
+            for B in self.B:
+                s, d, r = B.shape
+                B.zero_()
+                B.view(s, d, r)[:, : s * r] = torch.eye(s * r).view(s, r, s * r).transpose(1, 2)
+            for W in self.W:
+                W.copy_(torch.eye(W.shape[0])[:, -W.shape[1] :])  # the bottom d_l rows are the identity
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns y + P x_L + p; see `Adapter.forward`."""
+        rows = x.reshape(-1, x.shape[-1])  # (N, d_in)
+        latents, x_down = self._down(rows)
+        picks = self.router(x_down, self, current_context())
+        return add_projection(y, self._propagate(latents, picks), self.P, self.p)
+
+    def _down(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The one GEMM over d_in: latents (N, s_l, r_l) of every pool, and x_down (N, d_down) in float32 or wider."""
+        D = self.router.down
+        weight = torch.cat([*(A.flatten(0, 1) for A in self.A), D.weight]).to(rows.dtype)
+        bias = torch.cat([*(a.flatten() for a in self.a), D.bias]).to(rows.dtype)
+        out = F.linear(rows, weight, bias)  # (N, sum_l s_l r_l + d_down)
+        *latents, x_down = torch.split(out, [*(a.numel() for a in self.a), D.out_features], dim=1)
+        pools = [h.view(-1, *a.shape) for h, a in zip(latents, self.a, strict=True)]
+        return pools, x_down.to(torch.promote_types(x_down.dtype, torch.float32))
+
+    def _experts(self, level: int, latent: Tensor) -> Tensor:
+        """e_n for every expert of a level, (N, s, d_{l+1}), from latents (N, s, r)."""
+        pool = 0 if self.shared_pool else level
+        B, b = self.B[pool].to(latent.dtype), self.b[pool].to(latent.dtype)
+        out = torch.baddbmm(b[:, None], latent.transpose(0, 1), B.transpose(1, 2))  # (s, N, d)
+        return out.transpose(0, 1) * self.scale[level]
+
+    def _propagate(self, latents: list[Tensor], picks: list[Picks]) -> Tensor:
+        """Leaves to root: the state x_L, (N, d_L)."""
+        gate_everything = self.activation_position != "child"
+        act_outside = self.activation_position == "all"
+        state: Tensor | None = None
+        for l, picked in enumerate(picks):
+            experts = self._experts(l, latents[0 if self.shared_pool else l])  # (N, s, d)
+            weights = picked.weights.to(experts.dtype)  # (N, F, f)
+            act = self.act[l]
+            if state is None:  # leaves: no child state, so a parent is a weighted sum over experts
+                state = picked.gates.to(experts.dtype) @ (act(experts) if act_outside else experts)  # (N, F, d)
+                continue
+            children = state if act_outside else act(state)
+            carried = F.linear(children, self.W[l - 1].to(children.dtype), self.w[l - 1].to(children.dtype))
+            carried = carried.view(*weights.shape, -1)  # (N, F, f, d): the children of each parent
+            own = picked.gather(experts)
+            summand = act(own + carried) if act_outside else own + carried
+            if gate_everything:
+                state = (weights.unsqueeze(-2) @ summand).squeeze(-2)
+            else:
+                state = (weights.unsqueeze(-2) @ own).squeeze(-2) + carried.sum(2)
+        assert state is not None  # a tree has at least one level
+        return state.squeeze(1)  # one root
+
+
+def _state_widths(num_experts: Sequence[int], rank: Sequence[int], shared_pool: bool) -> list[int]:
+    """Returns d_0 .. d_L."""
+    widths = [0]
+    for s, r in zip(num_experts, rank, strict=True):
+        widths.append(s * r if shared_pool else widths[-1] + s * r)
+    return widths

@@ -1,0 +1,42 @@
+"""Reading a recipe: all that is wrong with it is found in one pass, each with its file, line and column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from smore_cli.recipe.checks import find_contradictions
+from smore_cli.recipe.document import order
+from smore_cli.recipe.explain import explain, explain_removed
+from smore_cli.recipe.overrides import apply_overrides
+from smore_cli.recipe.reading import read_document
+from smore_cli.recipe.schema import Recipe
+
+__all__ = ["load_recipe"]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Returns the recipe in the file `path`.
+
+    Args:
+        path: a YAML file.
+        overrides: `--set` values, as in `train.learning_rate=2e-4`, applied in order before anything is checked.
+
+    Raises:
+        RecipeError: with every problem, each as `file:line:column: what` (or `--set ...: what`) and the source line.
+    """
+    document = read_document(path)
+    apply_overrides(document, overrides)
+    values = document.values
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        explain(error, document, values)
+    explain_removed(document, values)
+    for locs, message in find_contradictions(values):
+        # Of two settings that exclude each other, the override is pointed at, or else the one further down.
+        document.add(max(locs, key=lambda loc: order(document.where(loc, key=True))), message, key=True)
+    document.fail_if_any()
+    return Recipe.model_validate(values)

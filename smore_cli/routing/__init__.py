@@ -1,0 +1,1 @@
+"""Collecting and showing what routers do."""

@@ -1,0 +1,1 @@
+"""The accelerate-based trainer."""

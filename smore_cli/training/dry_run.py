@@ -1,0 +1,47 @@
+"""`smore train --dry-run`: everything a run does up to its first step, and nothing of it kept."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from smore_cli.data.batch import collate
+from smore_cli.training.setup import prepare
+from smore_cli.training.step import accumulate_gradients
+
+if TYPE_CHECKING:
+    from smore_cli.recipe.schema import Recipe
+
+__all__ = ["dry_run"]
+
+
+def dry_run(recipe: Recipe) -> list[str]:
+    """Loads everything, runs the first step's forward and backward passes, and returns what would be run.
+
+    Raises:
+        UsageError: anything that would stop the run before its first step.
+    """
+    setup = prepare(recipe, lambda line: print(line, file=sys.stderr))
+    dtype = next(p.dtype for p in setup.model.parameters() if p.is_floating_point() and not p.requires_grad)
+    pad = int(setup.tokenizer.pad_token_id)
+    batches = [
+        collate([setup.train_rows[i] for i in rows], pad_token_id=pad, mask_dtype=dtype)
+        for rows in setup.plan.passes(0)
+    ]
+    started = time.perf_counter()
+    result = accumulate_gradients(
+        setup.model,
+        batches,
+        setup.objective,
+        device=setup.device,
+        backward=setup.accelerator.backward,
+        aux_over_step=recipe.train.aux_statistics == "global_batch",
+    )
+    seconds = time.perf_counter() - started
+    return [
+        *setup.describe(),
+        f"first step: loss {float(result.loss):.4f}, {result.tokens} tokens ({result.counts.tokens} supervised), "
+        f"{seconds:.1f} s without warm-up",
+        "nothing was written",
+    ]

@@ -1,0 +1,318 @@
+"""The training loop: steps, logging, evaluation, checkpoints, and stopping without losing anything."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from smore_cli.atomic import write_text
+from smore_cli.data.batch import collate
+from smore_cli.errors import CheckpointError, Interrupted, SmoreError
+from smore_cli.models.adapter_files import save_adapter
+from smore_cli.nn import AdapterContext
+from smore_cli.recipe import dump_recipe
+from smore_cli.training.checkpoint import (
+    TrainerState,
+    damage,
+    load_checkpoint,
+    newest_complete,
+    prune,
+    save_checkpoint,
+)
+from smore_cli.training.model_card import model_card
+from smore_cli.training.objective import Counts
+from smore_cli.training.progress import Reporter, make_reporter
+from smore_cli.training.routing_health import routing_summary
+from smore_cli.training.run_folder import (
+    MetricsLog,
+    environment,
+    peak_memory,
+    require_new,
+    write_run_json,
+)
+from smore_cli.training.same_run import require_same_run
+from smore_cli.training.setup import Setup, prepare
+from smore_cli.training.step import StepResult, accumulate_gradients
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
+
+    from smore_cli.data.batch import Batch, Row
+    from smore_cli.recipe.schema import Recipe
+
+__all__ = ["train"]
+
+
+def train(recipe: Recipe, recipe_text: str, *, resume: bool = False, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Runs a recipe to its end and returns the values of run.json.
+
+    Args:
+        recipe: what to run.
+        recipe_text: the recipe file as it stands, kept in the run folder.
+        resume: continue the run in `output_dir` from its newest complete checkpoint.
+        checkpoint: continue from this checkpoint instead.
+
+    Raises:
+        UsageError: something cannot work; nothing was written.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    run_dir = Path(recipe.output_dir)
+    if resume or checkpoint:
+        require_same_run(recipe, run_dir)
+    else:
+        require_new(run_dir)
+    reporter = make_reporter()
+    setup = prepare(recipe, reporter.say)
+    start = checkpoint if checkpoint is not None else newest_complete(run_dir, reporter.say) if resume else None
+    run = Run(setup, run_dir, reporter)
+    if start is not None:
+        run.restore(start)
+    elif resume:
+        reporter.say("no complete checkpoint: starting from the first step")
+    run.open(recipe_text)
+    for line in setup.describe():
+        reporter.say(line)
+    with _stop_signals() as stop:
+        reporter.start(setup.plan.total_steps, run.state.step)
+        try:
+            run.loop(stop)
+        finally:
+            reporter.stop()
+    return run.finish()
+
+
+@dataclass
+class Stop:
+    """Set by a signal; looked at between steps."""
+
+    signal_name: str | None = None
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Stop]:
+    """Turns SIGINT and SIGTERM into a request to stop after the current step; a second one stops at once."""
+    stop = Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def request(number: int, _: FrameType | None) -> None:
+        stop.signal_name = signal.Signals(number).name
+        for other in numbers:
+            signal.signal(other, before[other])
+
+    for number in numbers:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+class Run:
+    """A run in progress.
+
+    Attributes:
+        setup: everything loaded.
+        run_dir: where it writes.
+        reporter: what the user sees.
+        state: how far it is.
+        latest: the newest training and evaluation numbers.
+    """
+
+    def __init__(self, setup: Setup, run_dir: Path, reporter: Reporter) -> None:
+        self.setup, self.run_dir, self.reporter = setup, run_dir, reporter
+        self.state = TrainerState(data_hash=setup.data_hash)
+        self.latest: dict[str, Any] = {}
+        self.pad = int(setup.tokenizer.pad_token_id)
+        self.dtype = next(p.dtype for p in setup.model.parameters() if p.is_floating_point() and not p.requires_grad)
+        self.environment = environment(setup.device)
+        self.resumed_from: int | None = None
+
+    def restore(self, folder: Path) -> None:
+        """Continues from a checkpoint."""
+        setup = self.setup
+        if problem := damage(folder):
+            raise CheckpointError(f"{folder}: {problem}", "name another checkpoint, or --resume without one")
+        self.state = load_checkpoint(folder, setup.model, setup.optimizer, setup.scheduler, setup.data_hash)
+        self.resumed_from = self.state.step
+        self.reporter.say(f"resuming from {folder} at step {self.state.step}")
+
+    def open(self, recipe_text: str) -> None:
+        """Makes the run folder."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(self.run_dir / "recipe.yaml", recipe_text)
+        write_text(self.run_dir / "resolved.yaml", dump_recipe(self.setup.recipe))
+        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_from)
+        write_run_json(self.run_dir, self.values(finished=False))
+
+    def loop(self, stop: Stop) -> None:
+        """Runs the steps that are left."""
+        train, plan = self.setup.recipe.train, self.setup.plan
+        window = Window()
+        while self.state.step < plan.total_steps:
+            started = time.perf_counter()
+            window.add(self.step())
+            self.state.seconds += time.perf_counter() - started
+            step = self.state.step
+            self.reporter.step(step)
+            last = step == plan.total_steps
+            if step % train.logging_steps == 0 or last:
+                self.log(window)
+                window = Window(since=self.state.seconds)
+            if (self.setup.recipe.eval.steps and step % self.setup.recipe.eval.steps == 0) or last:
+                self.evaluate()
+            if stop.signal_name:
+                folder = self.save()
+                raise Interrupted(
+                    f"stopped by {stop.signal_name} after step {step}; saved {folder}", "go on with --resume"
+                )
+            if step % train.save_steps == 0 and not last:
+                self.save()
+
+    def step(self) -> StepResult:
+        """Runs one optimiser step."""
+        setup, train = self.setup, self.setup.recipe.train
+        result = accumulate_gradients(
+            setup.model,
+            [self.batch([setup.train_rows[i] for i in rows]) for rows in setup.plan.passes(self.state.step)],
+            setup.objective,
+            device=setup.device,
+            backward=setup.accelerator.backward,
+            aux_over_step=train.aux_statistics == "global_batch",
+        )
+        limit = train.max_grad_norm or math.inf
+        trainable = [p for p in setup.model.parameters() if p.requires_grad]
+        norm = setup.accelerator.clip_grad_norm_(trainable, limit)
+        self.latest |= {"grad_norm": norm, "learning_rate": setup.scheduler.get_last_lr()[0]}
+        setup.optimizer.step()
+        setup.scheduler.step()
+        setup.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.tokens += result.tokens
+        self.state.supervised_tokens += result.counts.tokens
+        return result
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """Returns rows as one forward pass's tensors."""
+        return collate(rows, pad_token_id=self.pad, mask_dtype=self.dtype)
+
+    def log(self, window: Window) -> None:
+        """Adds a line of training numbers."""
+        values = window.values(self.state)
+        values["learning_rate"] = self.latest["learning_rate"]
+        values["grad_norm"] = round(float(self.latest.pop("grad_norm")), 5)
+        values["epoch"] = round(self.setup.plan.epoch_of(self.state.step), 4)
+        if not math.isfinite(values["loss"]):
+            raise SmoreError(
+                f"the loss is {values['loss']} at step {self.state.step}",
+                "lower train.learning_rate, or go on from an earlier checkpoint with --resume",
+            )
+        self.latest.update(values)
+        self.metrics.add(values)
+        self.reporter.metrics(values)
+
+    def evaluate(self) -> None:
+        """Adds a line with the loss on the held-out rows, if there are any."""
+        rows, size = self.setup.eval_rows, self.setup.recipe.eval.batch_size
+        if not rows:
+            return
+        model = self.setup.model
+        model.eval()
+        nll = correct = 0.0
+        by_length = sorted(rows, key=lambda row: row.length)
+        batches = [self.batch(by_length[i : i + size]) for i in range(0, len(rows), size)]
+        with torch.inference_mode():
+            for batch in batches:
+                batch = batch.to(self.setup.device)
+                with AdapterContext(token_mask=batch.token_mask, aux=False):
+                    share = self.setup.objective(model, batch, Counts(1, 1))
+                nll, correct = nll + float(share.nll), correct + float(share.correct)
+        model.train()
+        values: dict[str, Any] = {"step": self.state.step, "eval_rows": len(rows)}
+        values["eval_loss"] = round(nll / max(Counts.of(batches).tokens, 1), 6)
+        if self.setup.objective.ranking:
+            values["eval_accuracy"] = round(correct / len(rows), 6)
+        self.latest.update(values)
+        self.metrics.add(values)
+        self.reporter.metrics(values)
+
+    def save(self) -> Path:
+        """Writes a checkpoint, then removes those beyond the limit."""
+        setup = self.setup
+        model = setup.accelerator.unwrap_model(setup.model)
+        folder = save_checkpoint(self.run_dir, self.state, model, setup.optimizer, setup.scheduler, setup.recipe)
+        prune(self.run_dir, setup.recipe.train.save_total_limit)
+        return folder
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the adapter, the tokenizer, the model card and the final run.json."""
+        recipe = self.setup.recipe
+        save_adapter(
+            self.setup.accelerator.unwrap_model(self.setup.model), recipe.adapter, self.run_dir, base=recipe.model
+        )
+        self.setup.tokenizer.save_pretrained(self.run_dir)
+        values = self.values(finished=True)
+        write_text(self.run_dir / "README.md", model_card(recipe, dump_recipe(recipe), values))
+        write_run_json(self.run_dir, values)
+        return values
+
+    def values(self, *, finished: bool) -> dict[str, Any]:
+        """Returns what goes into run.json."""
+        state, plan = self.state, self.setup.plan
+        result: dict[str, Any] = {
+            key: self.latest[key] for key in ("loss", "eval_loss", "eval_accuracy") if key in self.latest
+        }
+        result |= {"steps": state.step, "epochs": plan.epoch_of(state.step), "seconds": round(state.seconds, 2)}
+        result |= {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
+        return {
+            "finished": finished,
+            "environment": self.environment,
+            "seed": self.setup.recipe.seed,
+            "parameters": self.setup.parameter_counts(),
+            "targets": len(self.setup.targets),
+            "data": {
+                "train_rows": len(self.setup.train_rows),
+                "eval_rows": len(self.setup.eval_rows),
+                "hash": self.setup.data_hash,
+            },
+            "seconds": self.setup.seconds,
+            "peak_memory_bytes": peak_memory(self.setup.device),
+            "resumed_from": self.resumed_from,
+            "result": result,
+        }
+
+
+class Window:
+    """The steps between two lines of metrics, summed on the device."""
+
+    def __init__(self, since: float | None = None) -> None:
+        self.results: list[StepResult] = []
+        self.since = since
+
+    def add(self, result: StepResult) -> None:
+        """Adds a step."""
+        self.results.append(result)
+
+    def values(self, state: TrainerState) -> dict[str, Any]:
+        """Returns means over the window's steps, and the routing of its last forward pass."""
+        results = self.results
+        loss = float(torch.stack([result.loss for result in results]).mean())
+        aux = float(torch.stack([result.aux for result in results]).mean())
+        elapsed = state.seconds - (self.since or 0.0)
+        tokens = sum(result.tokens for result in results)
+        values: dict[str, Any] = {"step": state.step, "loss": round(loss, 6), "aux_loss": round(aux, 6)}
+        values["tokens_per_second"] = round(tokens / max(elapsed, 1e-9), 1)
+        values["seconds"] = round(state.seconds, 2)
+        values["tokens"], values["supervised_tokens"] = state.tokens, state.supervised_tokens
+        if routing := routing_summary(results[-1].records):
+            values["routing"] = routing
+        return values

@@ -1,0 +1,150 @@
+"""Everything the README and the guides show is run, in the order it is shown.
+
+What a fenced block's language means here:
+
+    bash      commands, each must succeed
+    console   `$ command`, then lines that must stand in what it prints (`...` stands for any lines)
+    yaml      a whole recipe, or sections that replace those of recipes/quickstart.yaml: must load
+    jsonl     one JSON value a line
+    python    a program that must run
+    text      a drawing
+
+A comment before a block adds to that: `<!-- file: NAME -->` writes it to a file that the commands after it use (one
+named `broken...` need not load), and `<!-- exit: N -->` says which exit code the commands must have. Training stops
+after two steps, evaluation after four questions (`shortened`). Lines of `make`, `pip` and `git` are not run here:
+`.ci/run` is made of the first two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from smore_cli.recipe import load_recipe
+
+PROJECT = Path(__file__).resolve().parents[2]
+PAGES = sorted([PROJECT / "README.md", *PROJECT.glob("docs/*.md")])
+OUTSIDE = {"make", "pip", "git", "cd"}
+BLOCK = re.compile(r"(?:^<!-- (?P<note>.+) -->\n)?^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and the `key: value` of the comment before it."""
+
+    language: str
+    text: str
+    notes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A shown command and the lines of output shown below it."""
+
+    line: str
+    output: list[str]
+
+
+def blocks(page: Path) -> list[Block]:
+    found = []
+    for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        notes = dict([match["note"].split(": ", 1)]) if match["note"] else {}
+        found.append(Block(match["language"], match["text"], notes))
+    return found
+
+
+def commands(block: Block) -> list[Command]:
+    """The commands of a `bash` or `console` block; a backslash at the end of a line joins the next."""
+    found: list[Command] = []
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if block.language == "console" and line.startswith("$ "):
+            found.append(Command(line[2:], []))
+        elif block.language == "console":
+            found[-1].output.append(line)
+        elif line.strip() and not line.startswith("#"):
+            found.append(Command(line, []))
+    return found
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The command as shown, with the flags that keep a test short appended."""
+    if words[:2] == ["smore", "train"]:
+        return [*words, "--set", "train.epochs=null", "--set", "train.max_steps=2"]
+    if words[:2] == ["smore", "eval"] and "--limit" not in words:
+        return [*words, "--limit", "4"]
+    return words
+
+
+def run(argv: list[str], folder: Path, expected: int) -> str:
+    done = subprocess.run(
+        argv, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600, check=False
+    )
+    assert done.returncode == expected, f"{shlex.join(argv)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def run_command(command: Command, folder: Path, expected: int) -> None:
+    words = shlex.split(command.line, comments=True)
+    if words[0] in OUTSIDE:
+        return
+    assert words[0] == "smore", f"no way to run {command.line!r} in a test"
+    printed = run([sys.executable, "-m", "smore_cli", *shortened(words)[1:]], folder, expected)
+    shown = [" ".join(line.split()) for line in command.output if line.strip() not in ("", "...")]
+    have = " ".join(printed.split())
+    missing = [line for line in shown if line not in have]
+    assert not missing, f"{command.line}: shown but not printed: {missing}\nprinted:\n{printed}"
+
+
+def sections(text: str) -> dict[str, str]:
+    """A recipe's text, split at its top-level keys."""
+    parts = re.split(r"^(?=\w+:)", text, flags=re.MULTILINE)
+    return {part.split(":", 1)[0]: part for part in parts if re.match(r"\w+:", part)}
+
+
+def check_recipe(block: Block, folder: Path) -> None:
+    path = folder / block.notes.get("file", "shown.yaml")
+    shown = sections(block.text)
+    base = {} if "version" in shown else sections((PROJECT / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
+    path.write_text("".join((base | shown).values()), encoding="utf-8")
+    if "broken" not in path.stem:
+        load_recipe(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_everything_a_page_shows_works(page: Path, tmp_path: Path, smollm2: Path) -> None:
+    shutil.copytree(PROJECT / "recipes", tmp_path / "recipes")
+    for block in blocks(page):
+        if block.language in ("bash", "console"):
+            for command in commands(block):
+                run_command(command, tmp_path, int(block.notes.get("exit", "0")))
+        elif block.language == "yaml":
+            check_recipe(block, tmp_path)
+        elif block.language == "jsonl":
+            assert all(json.loads(line) for line in block.text.splitlines())
+            if "file" in block.notes:
+                (tmp_path / block.notes["file"]).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            run([sys.executable, "-c", block.text], tmp_path, 0)
+        else:
+            assert block.language == "text", f"{page.name}: a block in {block.language!r}, which no test runs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    local = [target for target in targets if "://" not in target]
+    assert not [target for target in local if not (page.parent / target).exists()]
+
+
+def test_the_readme_leads_to_every_guide() -> None:
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PROJECT.glob("docs/*.md") if f"(docs/{page.name})" not in readme] == []
