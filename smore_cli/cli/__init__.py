@@ -25,6 +25,7 @@ __all__ = ["app", "main"]
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin against each other: 2 were slower than 1
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and it warns about it
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for some reads the metadata of every package installed
 
 _COMMANDS = {
     "train": "train:train_command",

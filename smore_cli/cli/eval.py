@@ -22,7 +22,7 @@ def eval_command(
         typer.Option("--benchmark", metavar="NAME", help="quickstart, arc_easy, arc_challenge, or arc for both."),
     ],
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run's folder; default: the newest under runs/.")
+        Path | None, typer.Argument(metavar="RUN", help="A run's folder; default: the newest under runs/.")
     ] = None,
     base: Annotated[
         bool, typer.Option("--base", help="Evaluate the backbone beside the run, with its adapter switched off.")
@@ -60,11 +60,8 @@ def eval_command(
     from smore_cli.evaluation.report import LEGEND, table
     from smore_cli.evaluation.session import load_subject, measure
 
-    started = time.perf_counter()
     subject = load_subject(run, model)
-    loading = time.perf_counter() - started
     found = measure(subject, benchmark, tasks, with_base=base, limit=limit, batch_size=batch_size, progress=_progress)
-    found.seconds["load"] = loading
     if as_json:
         typer.echo(json.dumps(found.document(samples=False), indent=2))
     else:
@@ -73,9 +70,7 @@ def eval_command(
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in found.seconds.items())
         questions = sum(result.n for result in found.results)
         out.print(f"time: {parts} ({questions} questions)", markup=False, soft_wrap=True)
-    kept = [subject.run / "eval" / f"{benchmark}.json"] if subject.run else []
-    for path in [*kept, *([output] if output else [])]:
-        found.write(path)
+    for path in found.write(output):
         err.print(f"written to {path}", markup=False, soft_wrap=True)
 
 

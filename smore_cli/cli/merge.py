@@ -16,15 +16,20 @@ def merge_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to write; must not exist.")],
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", metavar="KL", min=0, help="Mean KL in nats above which the merge fails (exit 3)."),
+        typer.Option(
+            "--tolerance",
+            metavar="KL",
+            min=0,
+            help="Mean KL in nats above which nothing is kept (exit 3); default: by weight type.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Merge a LoRA adapter into its backbone: an ordinary model folder, reopened and compared before it is kept."""
     from smore_cli.cli.console import out as console
-    from smore_cli.merging.merge import TOLERANCE, merge
+    from smore_cli.merging.merge import merge
 
-    merged = merge(run, out, tolerance=TOLERANCE if tolerance is None else tolerance)
+    merged = merge(run, out, tolerance=tolerance)
     if as_json:
         print(json.dumps(merged.document(), indent=1, sort_keys=True))
         return

@@ -10,7 +10,7 @@ from smore_cli.data.batch import Row
 from smore_cli.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -103,7 +103,7 @@ class Encoder:
         if cuts:  # as in generation, where the text before an answer is tokenised without it
             tokens = self._tokenize_apart(branch.text, cuts)
         ids = tokens.ids
-        mask = [_inside(start, branch.spans) for start in _starts(tokens.offsets)]
+        mask = [_inside(start, branch.spans) for start, _ in tokens.offsets]
         eos = self._eos() if branch.eos else None
         if eos is not None and ids[-1:] != [eos]:
             return [*ids, eos], [*mask, True]
@@ -115,7 +115,7 @@ class Encoder:
         count = len(self.leading)
         result = []
         for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            tokens = _Tokens(list(ids), list(offsets))
+            tokens = _Tokens(list(ids), _tiled(offsets))
             result.append(tokens[count:] if count and tokens.ids[:count] == self.leading else tokens)
         return result
 
@@ -139,16 +139,17 @@ def _splits_a_token(edge: int, offsets: Sequence[Span]) -> bool:
     return any(start < edge < end for start, end in offsets)
 
 
-def _starts(offsets: Sequence[Span]) -> Iterator[int]:
-    """Yields where each token starts.
+def _tiled(offsets: Sequence[Span]) -> list[Span]:
+    """Returns offsets in which each token starts no later than the one before it ends.
 
-    Some tokenizers trim white space off the offsets, which leaves a token of white space alone with none of its
-    characters, at its end: where the next one starts. Such a token starts where the one before it ends.
+    Some tokenizers trim white space off the offsets. Then a token that begins with the last space of a prompt seems to
+    begin with the answer, and a token of white space alone seems to begin where the next one does.
     """
-    before = 0
+    tiled, before = [], 0
     for start, end in offsets:
-        yield start if start < end else before
+        tiled.append((min(start, before), end))
         before = end
+    return tiled
 
 
 def _inside(start: int, spans: Sequence[Span]) -> bool:

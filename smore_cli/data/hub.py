@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.data.quiet import first_line, quiet_datasets
@@ -44,7 +45,17 @@ def load_hub_dataset(source: Source) -> Sequence[dict[str, Any]]:
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         problem = " ".join(str(error.__cause__ or error).split())[:300]
         raise DataError(f"hub dataset '{source.path}': {problem}", "check its name, split and revision") from error
+    if not reachable and source.revision is not None:
+        _require_revision(rows, source)
     return rows
+
+
+def _require_revision(rows: Any, source: Source) -> None:
+    """Refuses cached rows that may be of another revision: offline, `datasets` takes the newest and says nothing."""
+    commits = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    if commits != {source.revision}:
+        problem = f"hub dataset '{source.path}' is in the cache, but not surely at revision '{source.revision}'"
+        raise DataError(problem, "connect, or name the whole commit hash that was downloaded")
 
 
 def _hub_has(source: Source) -> bool:

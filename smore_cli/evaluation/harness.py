@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,7 +94,7 @@ def score(
     size = batch_size or (8 if model.device.type == "cpu" else 32)  # on a CPU, larger batches are no faster
     was_training = model.training
     try:
-        with _quiet():
+        with _apart():
             found = evaluator.evaluate(
                 PrefixSharingLM(model, tokenizer, batch_size=size, on_progress=on_progress),
                 {"tasks": {task.name: _build(task, template) for task in tasks}},
@@ -133,10 +134,10 @@ def _sample(entry: dict[str, Any]) -> Sample:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the log lines and progress bars of lm-eval and datasets, and restores what was before."""
+def _apart() -> Iterator[None]:
+    """Silences the log lines and progress bars of lm-eval and datasets, and leaves the process as it was."""
     logger, bar = logging.getLogger("lm_eval"), lm_eval_task.tqdm
-    level = logger.level
+    level, state = logger.level, random.getstate()  # lm-eval draws a name for every task, even one that has its own
     logger.setLevel(logging.ERROR)
     lm_eval_task.tqdm = partial(bar, disable=True)  # lm-eval has no switch for the bar over building prompts
     try:
@@ -144,4 +145,5 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        random.setstate(state)
         lm_eval_task.tqdm = bar

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from smore_cli.evaluation.results import METRICS, TaskResult, describe, describe_difference
+from smore_cli.evaluation.results import TaskResult, describe, describe_difference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["LEGEND", "Line", "document", "lines", "table"]
 
 LEGEND = (
-    "acc: the likeliest choice is right; acc_norm: the likeliest per character. ± is one standard error,\n"
-    "brackets are 95 % intervals (of an accuracy: Wilson; of a paired difference: Bonett-Price)."
+    "Share of questions answered right by the likeliest choice; acc_norm: likeliest per character. ± is one\n"
+    "standard error, brackets are 95 % intervals (of a share: Wilson; of a paired difference: Bonett-Price)."
 )
 
 
@@ -69,7 +69,7 @@ def document(
 
 
 def table(ours: str, results: Sequence[TaskResult], base: Sequence[TaskResult] | None) -> Table:
-    """Returns the results as a table for the terminal, 80 columns wide: acc and acc_norm of a task, acc of a family.
+    """Returns the results as a table for the terminal, 80 columns wide: a task's acc and acc_norm, a family's acc.
 
     Args:
         ours: what the results are of, as a column's title.
@@ -78,12 +78,12 @@ def table(ours: str, results: Sequence[TaskResult], base: Sequence[TaskResult] |
     """
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     grid.add_column("task")
-    for title in ("n", "metric", *(("backbone",) if base else ()), ours, "difference" if base else "95 % interval"):
+    for title in ("n", *(("backbone",) if base else ()), ours, "difference" if base else "95 % interval"):
         grid.add_column(title, justify="right")
     for line in lines(results, base):
-        for metric in METRICS[:1] if line.is_family else METRICS:
-            name = f"  {line.name}" if line.is_family else line.name
-            grid.add_row(name if metric == METRICS[0] else "", str(line.ours.n), metric, *_cells(line, metric))
+        grid.add_row(f"  {line.name}" if line.is_family else line.name, str(line.ours.n), *_cells(line, "acc"))
+        if not line.is_family:
+            grid.add_row("  acc_norm", str(line.ours.n), *_cells(line, "acc_norm"))
     return grid
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from smore_cli.evaluation.statistics import mean, paired_difference, standard_error, wilson_interval
 
-__all__ = ["METRICS", "Sample", "TaskResult", "describe", "describe_difference"]
+__all__ = ["Sample", "TaskResult", "describe", "describe_difference"]
 
 METRICS = ("acc", "acc_norm")
-"""The main one first."""
 
 
 @dataclass(frozen=True)

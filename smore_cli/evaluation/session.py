@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from smore_cli import __version__
 from smore_cli.atomic import write_text
+from smore_cli.errors import SmoreError
 from smore_cli.evaluation.harness import Template, score
 from smore_cli.evaluation.report import document
 from smore_cli.models.load import default_device, load_backbone
@@ -39,9 +40,11 @@ class Subject:
         model: the backbone, with the run's adapter active if there is a run.
         tokenizer: its tokenizer.
         backbone: the backbone's name, as the recipe has it.
-        run: the run's folder; None: a bare backbone.
+        run: the folder of the run or adapter; None: a bare backbone.
         method: the adapter's method; None: a bare backbone.
         template: how the run's training wrote its questions.
+        seconds: how long loading took.
+        keeps_results: whether `run` is a run, where results belong, and not an adapter from elsewhere.
     """
 
     model: PreTrainedModel
@@ -50,6 +53,8 @@ class Subject:
     run: Path | None = None
     method: str | None = None
     template: Template = "plain"
+    seconds: float = 0.0
+    keeps_results: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Evaluation:
         limit: the first so many questions of each task; None: all.
         results: one a task.
         base: the backbone's own results, in the same order; None: not asked for.
-        seconds: wall-clock time of each part.
+        seconds: wall-clock time of each part, loading first.
     """
 
     subject: Subject
@@ -70,7 +75,7 @@ class Evaluation:
     limit: int | None
     results: list[TaskResult]
     base: list[TaskResult] | None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
 
     def document(self, *, samples: bool) -> dict[str, Any]:
         """Returns everything as JSON values; `samples` adds every question."""
@@ -86,9 +91,27 @@ class Evaluation:
             "versions": {"smore": __version__, "lm_eval": version("lm_eval")},
         }
 
-    def write(self, path: Path) -> None:
-        """Writes the document with every question to `path`, completely or not at all."""
-        write_text(path, json.dumps(self.document(samples=True), indent=1) + "\n")
+    def write(self, copy: Path | None = None) -> list[Path]:
+        """Writes the document with every question into the run, as eval/NAME.json, and to `copy`.
+
+        Each file is written completely or not at all.
+
+        Returns:
+            The files written.
+
+        Raises:
+            SmoreError: a file cannot be written.
+        """
+        paths = [] if copy is None else [copy]
+        if self.subject.run is not None and self.subject.keeps_results:
+            paths.append(self.subject.run / "eval" / f"{self.benchmark}.json")
+        text = json.dumps(self.document(samples=True), indent=1) + "\n"
+        for path in paths:
+            try:
+                write_text(path, text)
+            except OSError as error:
+                raise SmoreError(f"cannot write {path}: {error.strerror}", "--out names another file") from error
+        return paths
 
 
 def load_subject(run: Path | None, model: str | None) -> Subject:
@@ -102,19 +125,21 @@ def load_subject(run: Path | None, model: str | None) -> Subject:
         AdapterError: there is no such run, or it is incomplete.
         ModelError: the backbone cannot be loaded.
     """
+    started = time.perf_counter()
     if model is not None:
         backbone = load_backbone(ModelConfig(name_or_path=model))
-        return Subject(backbone.model, backbone.tokenizer, model)
+        return Subject(backbone.model, backbone.tokenizer, model, seconds=time.perf_counter() - started)
     opened = open_run(run)
     adapted, tokenizer = opened.load(default_device())
-    recipe = opened.recipe
     return Subject(
         adapted,
         tokenizer,
-        backbone=recipe.model.name_or_path,
+        backbone=opened.model.name_or_path,
         run=opened.folder,
-        method=recipe.adapter.method,
-        template=training_template(recipe.data),
+        method=opened.adapter.method,
+        template="plain" if opened.recipe is None else training_template(opened.recipe.data),
+        seconds=time.perf_counter() - started,
+        keeps_results=opened.recipe is not None,
     )
 
 
@@ -145,7 +170,7 @@ def measure(
         batch_size: questions a forward pass; None: by device.
         progress: given a label, a context that yields what to call with (done, total).
     """
-    seconds: dict[str, float] = {}
+    seconds = {"load": subject.seconds}
 
     def timed(label: str) -> list[TaskResult]:
         started = time.perf_counter()

@@ -41,9 +41,9 @@ def logits_of(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> list[Te
         model: a causal language model.
         texts: token ids; keep them few, a token takes 4 bytes for each entry of the vocabulary.
     """
-    model.eval()
-    device = model.get_input_embeddings().weight.device
-    return [model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float().cpu() for ids in texts]
+    model.train(False)
+    inputs = (torch.tensor([list(ids)], device=model.device) for ids in texts)
+    return [model(input_ids=ids).logits[0].float().cpu() for ids in inputs]
 
 
 @torch.inference_mode()

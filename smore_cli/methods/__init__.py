@@ -41,7 +41,7 @@ class Site:
 class MethodConfig(BaseModel):
     """What a recipe may say under `adapter:`; every method adds its own fields."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     title: ClassVar[str]
     """The method's name as its paper writes it, and its idea in a few words."""
@@ -52,7 +52,7 @@ class MethodConfig(BaseModel):
 
     method: Annotated[str, Field(description="which method; `smore recipe schema` lists the fields of each")]
     target_modules: Annotated[
-        list[str] | str,
+        Annotated[list[str], Field(min_length=1)] | str,
         Field(description="names of the linear maps to adapt, as in [q_proj, v_proj], or 'all-linear'"),
     ] = "all-linear"
 

@@ -22,7 +22,7 @@ from smore_cli.models.cache import built_once, cache_folder
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-__all__ = ["BUNDLED", "bundled_folder", "cached_folder", "smollm2_folder"]
+__all__ = ["BUNDLED", "bundled_folder", "bundled_is_installed", "cached_folder", "smollm2_folder"]
 
 BUNDLED = ("smollm2-135m",)
 """Names that `model.name_or_path` takes besides local folders and hub names."""
@@ -55,7 +55,7 @@ def smollm2_folder() -> Path:
 
 def cached_folder(name: str) -> Path | None:
     """Returns the folder of a bundled model if it is already converted, without converting it."""
-    if name not in BUNDLED or not _package_is_installed():
+    if name not in BUNDLED or not bundled_is_installed():
         return None
     folder = _cached_path(_gguf_file())
     return folder if folder.is_dir() else None
@@ -67,7 +67,8 @@ def _cached_path(gguf: Path) -> Path:
     return cache_folder() / "models" / f"smollm2-135m-{version}-{gguf.stat().st_size}-v{_LAYOUT}"
 
 
-def _package_is_installed() -> bool:
+def bundled_is_installed() -> bool:
+    """Whether the package that carries the bundled model is there."""
     return importlib.util.find_spec(_MODULE) is not None
 
 

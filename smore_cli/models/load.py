@@ -78,6 +78,7 @@ def load_backbone(
         )
     model, info = loaded
     _require_all_weights(source, info)
+    _keep_four_bit_weights_exact(model)
     model.requires_grad_(False)
     model.eval()
     return Backbone(model, tokenizer, source.name)
@@ -166,6 +167,17 @@ def _require_all_weights(source: ModelSource, info: dict[str, Any]) -> None:
         name, found, wanted = mismatched[0]
         sizes = f"{name} is {tuple(found)} in the files, {tuple(wanted)} by config.json"
         raise ModelError(f"model {source.name}: {len(mismatched)} tensors have another size, as {sizes}", hint)
+
+
+def _keep_four_bit_weights_exact(model: PreTrainedModel) -> None:
+    """Forbids bitsandbytes to repack 4-bit weights on CPUs with AVX512-BF16.
+
+    It does so at the first forward pass in evaluation mode, for good: scales are rounded to bfloat16 and no gradient
+    passes any more, so that training after an evaluation is wrong, and the same run gives other numbers elsewhere.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _check_attention(config: ModelConfig) -> None:

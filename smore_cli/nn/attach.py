@@ -40,7 +40,7 @@ def attach(model: nn.Module, config: MethodConfig, *, name: str = "default", see
         raise AdapterError(f"the model already has an adapter named '{name}'", "detach it first, or use another name")
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed every GPU as well
         for path, module in targets.items():
             adapted = module if isinstance(module, AdaptedLinear) else _wrap(model, path, module)
             adapter = config.build(site_of(path, adapted.base))
@@ -51,7 +51,12 @@ def attach(model: nn.Module, config: MethodConfig, *, name: str = "default", see
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
-    """Removes an adapter; modules left without any become the plain linear maps they were."""
+    """Removes an adapter; modules left without any become the plain linear maps they were.
+
+    Raises:
+        AdapterError: no module has an adapter of that name.
+    """
+    _require_adapter(model, name)
     for path, adapted in adapted_modules(model).items():
         if name in adapted.adapters:
             del adapted.adapters[name]
@@ -67,12 +72,10 @@ def set_active(model: nn.Module, name: str | None) -> None:
     Raises:
         AdapterError: no module has an adapter of that name.
     """
-    modules = adapted_modules(model).values()
-    if name is not None and not any(name in module.adapters for module in modules):
-        known = sorted({key for module in modules for key in module.adapters})
-        raise AdapterError(f"the model has no adapter named '{name}'", f"it has: {', '.join(known) or 'none'}")
-    for module in modules:
-        module.active = name if name in module.adapters else None
+    if name is not None:
+        _require_adapter(model, name)
+    for module in adapted_modules(model).values():
+        module.active = name if name is not None and name in module.adapters else None
         for key, adapter in module.adapters.items():
             adapter.requires_grad_(key == name)
 
@@ -144,6 +147,12 @@ def _require_every_layer(model: nn.Module, target: str, matches: Iterable[str]) 
                 f"target_modules: '{target}' is missing in {len(missing)} of {total} layers of {stack.rstrip('.')}",
                 f"first layer without it: {missing[0]}; name full paths to adapt only some layers",
             )
+
+
+def _require_adapter(model: nn.Module, name: str) -> None:
+    known = sorted({key for module in adapted_modules(model).values() for key in module.adapters})
+    if name not in known:
+        raise AdapterError(f"the model has no adapter named '{name}'", f"it has: {', '.join(known) or 'none'}")
 
 
 def _wrap(model: nn.Module, path: str, base: nn.Module) -> AdaptedLinear:

@@ -49,7 +49,7 @@ class RoutingRecord:
         level: tree level, 0 = leaves.
         sums: (k, s) sums over real tokens, differentiable, at least float32.
         loss: the auxiliary loss of these sums.
-        load: (s,) how often each expert was picked, or its gate mass where all are; detached.
+        load: (s,) how often each expert was picked; detached.
     """
 
     owner: nn.Module
@@ -147,7 +147,5 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[object], AbstractConte
     The recomputation runs when the `with` block has long ended, maybe in another thread, and must not record twice: it
     gets the same mask and a record list of its own that is thrown away.
     """
-    context = current_context()
-    if context is None:
-        return nullcontext(), nullcontext()
+    context = current_context() or AdapterContext(aux=False)  # a backward pass may run inside another pass's context
     return nullcontext(), AdapterContext(token_mask=context.token_mask, aux=context.aux)

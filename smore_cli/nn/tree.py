@@ -117,7 +117,8 @@ class Tree(Adapter):
         """Returns y + P x_L + p; see `Adapter.forward`."""
         rows = x.reshape(-1, x.shape[-1])  # (N, d_in)
         latents, x_down = self._down(rows)
-        picks = self.router(x_down, self, current_context())
+        with torch.autocast(x.device.type, enabled=False):  # routing and its statistics stay in float32
+            picks = self.router(x_down, self, current_context())
         return add_projection(y, self._propagate(latents, picks), self.P, self.p)
 
     def _down(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:

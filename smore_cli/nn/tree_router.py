@@ -36,13 +36,21 @@ Activation = Literal["tanh", "relu", "identity", "prelu"]
 NOISE_FLOOR = 0.01  # keeps the noise of a noisy gate from vanishing
 
 
+class PReLU(nn.PReLU):
+    """One learnable slope, cast to its input's dtype as every adapter parameter is (torch's refuses mixed dtypes)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps any shape to itself."""
+        return F.prelu(x, self.weight.to(x.dtype))
+
+
 def activation_module(name: Activation) -> nn.Module:
     """Returns a fresh activation; `prelu` has one learnable slope."""
     modules: dict[str, type[nn.Module]] = {
         "tanh": nn.Tanh,
         "relu": nn.ReLU,
         "identity": nn.Identity,
-        "prelu": nn.PReLU,
+        "prelu": PReLU,
     }
     return modules[name]()
 
@@ -231,12 +239,14 @@ class TreeRouter(nn.Module):
         if context is None:
             return
         if context.observe is not None:
-            context.observe(RoutingTrace(owner, level, probabilities.detach(), picked.gates.detach()))
-        if context.aux and record is not None:
+            with torch.no_grad():  # saved tensors would differ from those of a checkpoint's recomputation
+                context.observe(RoutingTrace(owner, level, probabilities.detach(), picked.gates.detach()))
+        if context.aux and record is not None and picked.one_hot is not None:
             values, loss = record
             mask = context.flat_mask(len(probabilities), probabilities.device)
             sums = torch.stack([masked_sum(row, mask) for row in values])
-            context.records.append(RoutingRecord(owner, level, sums, loss, sums[0].detach()))
+            load = masked_sum(picked.one_hot.sum(2), mask)  # a noisy gate's own sums are weights, maybe negative
+            context.records.append(RoutingRecord(owner, level, sums, loss, load))
 
 
 def _smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, f: int) -> Tensor:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from smore_cli.data.build import build_rows, split_eval
-from smore_cli.errors import DataError, UsageError
+from smore_cli.errors import DataError, ModelError, UsageError
 from smore_cli.models.load import load_backbone, load_tokenizer
 from smore_cli.nn import attach, checkpoint_contexts
 from smore_cli.training.objective import Objective
@@ -147,4 +147,6 @@ def _rows(
 
 def _enable_checkpointing(model: Any) -> None:
     """Non-reentrant checkpointing whose recomputation sees the routing context and records nothing twice."""
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(f"{type(model).__name__} cannot recompute activations", "set train.gradient_checkpointing: false")
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})

@@ -21,9 +21,22 @@ CORPUS = [
     "user\nassistant\nsystem\nmodel\nHello there! How are you?\n\nBelow is an instruction that describes a task.",
 ]
 SPECIAL = [
-    "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
-    "<|end_header_id|>", "<|eot_id|>", "<bos>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>",
-]  # fmt: skip
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<bos>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+]
 
 TEMPLATES = {
     "chatml": (
@@ -69,8 +82,10 @@ def byte_level(*, trim_offsets: bool = False) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False
+        vocab_size=700,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     if trim_offsets:
@@ -109,9 +124,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def bos_tokenizer() -> PreTrainedTokenizerBase:
     """Puts BOS before every text, and its chat template writes BOS too."""
-    return wrap(
-        llama_like(), bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATES["llama3"]
-    )
+    return wrap(llama_like(), bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATES["llama3"])
 
 
 @pytest.fixture(scope="session")

@@ -84,12 +84,24 @@ def test_what_is_learned_of_a_chat_is_exactly_the_assistants_turns(
 
 @SHARED
 @given(texts=st.lists(PROSE, min_size=2, max_size=4))
+@pytest.mark.parametrize("trim_offsets", [True, False])
 def test_offsets_without_white_space_do_not_move_what_is_learned(
-    with_template: Make, learned: Learned, texts: list[str]
+    with_template: Make, learned: Learned, texts: list[str], trim_offsets: bool
 ) -> None:
-    tokenizer = with_template("llama3", trim_offsets=True)
+    tokenizer = with_template("llama3", trim_offsets=trim_offsets)
     row = row_of(tokenizer, chat(*texts), "chat", loss_on="assistant")
     assert learned(tokenizer, row) == "".join(text.strip() + "<|eot_id|>" for text in texts[1::2])
+
+
+@SHARED
+@given(asked=PROSE, answer=PROSE)
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_the_space_before_an_answer_is_not_learned_where_the_template_writes_it(
+    with_template: Make, learned: Learned, asked: str, answer: str, trim_offsets: bool
+) -> None:
+    tokenizer = with_template("roles", trim_offsets=trim_offsets)  # "Assistant: " and then the answer
+    row = row_of(tokenizer, chat(asked, answer), "chat")
+    assert learned(tokenizer, row) == answer.rstrip() + "</s>"
 
 
 @pytest.mark.parametrize("answer", ["\n\nHello", "\nHello", " Hello\n\n", ""])
@@ -125,56 +137,9 @@ def test_eos_is_learned_although_pad_is_the_same_token(smol_tokenizer: PreTraine
     assert count(batch.targets.tolist(), smol_tokenizer.eos_token_id) == 2
 
 
-def test_an_answer_that_ends_in_eos_gets_no_second_one(byte_tokenizer: PreTrainedTokenizerBase, learned:
-Learned
-
-
-L L L
-Le Le Le Le
-Lea Lea Lea Lea Lea
-Lear Lear Lear Lear Lear Lear
-Learn Learn Learn Learn Learn Learn Learn
-Learne Learn Lear Lea Le L
-
-
-L Le Lea Lear Learn Learne Learned Learned)
-
-
-
-
-
-
-
-
-
--
-
-
-
-
-
-
-
--
-
-
-
-
-
--
-
-
-
--
-
--
--> Non
-Non Non
-Non Non
-Non Non
-Non Non
-Non Non
-None None:
+def test_an_answer_that_ends_in_eos_gets_no_second_one(
+    byte_tokenizer: PreTrainedTokenizerBase, learned: Learned
+) -> None:
     row = row_of(byte_tokenizer, PromptCompletion("Hi", " there</s>"))
     assert learned(byte_tokenizer, row) == " there</s>"
 
@@ -248,7 +213,8 @@ def test_the_prompt_with_its_longest_branch_is_what_is_bounded(
 
 
 def test_truncation_is_reported_and_a_cut_answer_does_not_learn_to_end(smol_tokenizer: PreTrainedTokenizerBase) -> None:
-    rendered = Renderer(config(), smol_tokenizer).render(PromptCompletion("Hi", " one two three four five six"), "plain")
+    example = PromptCompletion("Hi", " one two three four five six")
+    rendered = Renderer(config(), smol_tokenizer).render(example, "plain")
     [whole] = Encoder(smol_tokenizer, 1024).encode([rendered])
     [fits] = Encoder(smol_tokenizer, whole.row.length).encode([rendered])
     [cut] = Encoder(smol_tokenizer, whole.row.length - 1).encode([rendered])

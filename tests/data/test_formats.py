@@ -105,7 +105,11 @@ def test_a_misfit_is_told_which_format_would_fit(fits: str, row: dict[str, Any])
         ("chat", {"messages": []}, "list of one or more"),
         ("chat", {"messages": "Hi"}, "list of one or more"),
         ("chat", {"messages": [USER, "Hi"]}, "message 2 is not an object"),
-        ("chat", {"messages": [{"from": "human", "value": "Hi"}]}, "message 1 has no text 'role' (it has: from, value)"),
+        (
+            "chat",
+            {"messages": [{"from": "human", "value": "Hi"}]},
+            "message 1 has no text 'role' (it has: from, value)",
+        ),
         ("chat", {"messages": [{"role": "user", "content": None}]}, "message 1 has no text 'content'"),
         ("text", {}, "no 'text' (format text; the row has: nothing)"),
     ],

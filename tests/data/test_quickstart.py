@@ -364,7 +364,6 @@ def test_check_says_no_to_a_missing_and_to_a_changed_file(tmp_path: Path, capsys
     assert make.main([*options, "--check"]) == 3
     assert not list(tmp_path.iterdir())
     assert make.main(options) == 0
-    assert make.main([*options, "--check"]) == 0
     with (tmp_path / "test.jsonl").open("a") as file:
         file.write("\n")
     capsys.readouterr()

@@ -111,7 +111,9 @@ def test_an_instructions_input_follows_it_in_the_users_turn(renderer: Any) -> No
     assert rendered.branches[0].text.startswith("<|im_start|>user\nAdd.\n\n1, 2<|im_end|>")
 
 
-@pytest.mark.parametrize(("template", "end"), [("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>\n"), ("marked", "<|im_end|>\n")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "end"), [("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>\n"), ("marked", "<|im_end|>\n")]
+)
 def test_ranked_choices_share_the_prompt_that_generation_starts_from(
     with_template: Make, data_config: Config, template: str, end: str
 ) -> None:

@@ -10,9 +10,10 @@ What a fenced block's language means here:
     text      a drawing
 
 A comment before a block adds to that: `<!-- file: NAME -->` writes it to a file that the commands after it use (one
-named `broken...` need not load), and `<!-- exit: N -->` says which exit code the commands must have. Training stops
-after two steps, evaluation after four questions (`shortened`). Lines of `make`, `pip` and `git` are not run here:
-`.ci/run` is made of the first two.
+named `broken...` need not load), `<!-- exit: N -->` says which exit code the commands must have, and
+`<!-- stop: SIGINT -->` that this signal comes after the first checkpoint. Training takes three steps without held-out
+data, evaluation and inspection four rows (`shortened`). Lines of `make`, `pip` and `git` are
+not run here: `.ci/run` is made of the first two.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +36,9 @@ from smore_cli.recipe import load_recipe
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = sorted([PROJECT / "README.md", *PROJECT.glob("docs/*.md")])
 OUTSIDE = {"make", "pip", "git", "cd"}
-BLOCK = re.compile(r"(?:^<!-- (?P<note>.+) -->\n)?^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<note>[^\n]+) -->\n)?^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -77,29 +82,40 @@ def commands(block: Block) -> list[Command]:
 def shortened(words: list[str]) -> list[str]:
     """The command as shown, with the flags that keep a test short appended."""
     if words[:2] == ["smore", "train"]:
-        return [*words, "--set", "train.epochs=null", "--set", "train.max_steps=2"]
-    if words[:2] == ["smore", "eval"] and "--limit" not in words:
+        short = ["train.epochs=null", "train.max_steps=3", "train.save_steps=1", "data.eval=null"]
+        return [*words, *(word for setting in short for word in ("--set", setting))]
+    if words[:2] in (["smore", "eval"], ["smore", "inspect-routing"]):
         return [*words, "--limit", "4"]
     return words
 
 
-def run(argv: list[str], folder: Path, expected: int) -> str:
-    done = subprocess.run(
-        argv, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600, check=False
+def run(argv: list[str], folder: Path, *, expected: int = 0, stop: str | None = None) -> str:
+    """What the command prints; with `stop`, the signal is sent when the first checkpoint stands."""
+    process = subprocess.Popen(
+        argv, cwd=folder, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    assert done.returncode == expected, f"{shlex.join(argv)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    try:
+        while stop and process.poll() is None and not list(folder.glob("runs/*/checkpoint-1/complete.json")):
+            time.sleep(0.05)
+        if stop:
+            process.send_signal(signal.Signals[stop])
+        printed, _ = process.communicate(timeout=900)
+    finally:
+        process.kill()  # does nothing to one that has ended
+    assert process.returncode == expected, f"{shlex.join(argv)}\n{printed}"
+    return printed
 
 
-def run_command(command: Command, folder: Path, expected: int) -> None:
+def run_command(command: Command, folder: Path, notes: dict[str, str]) -> None:
     words = shlex.split(command.line, comments=True)
     if words[0] in OUTSIDE:
         return
     assert words[0] == "smore", f"no way to run {command.line!r} in a test"
-    printed = run([sys.executable, "-m", "smore_cli", *shortened(words)[1:]], folder, expected)
+    expected = 130 if "stop" in notes else int(notes.get("exit", "0"))
+    argv = [sys.executable, "-m", "smore_cli", *shortened(words)[1:]]
+    printed = " ".join(run(argv, folder, expected=expected, stop=notes.get("stop")).split())
     shown = [" ".join(line.split()) for line in command.output if line.strip() not in ("", "...")]
-    have = " ".join(printed.split())
-    missing = [line for line in shown if line not in have]
+    missing = [line for line in shown if line not in printed]
     assert not missing, f"{command.line}: shown but not printed: {missing}\nprinted:\n{printed}"
 
 
@@ -125,7 +141,7 @@ def test_everything_a_page_shows_works(page: Path, tmp_path: Path, smollm2: Path
     for block in blocks(page):
         if block.language in ("bash", "console"):
             for command in commands(block):
-                run_command(command, tmp_path, int(block.notes.get("exit", "0")))
+                run_command(command, tmp_path, block.notes)
         elif block.language == "yaml":
             check_recipe(block, tmp_path)
         elif block.language == "jsonl":
@@ -133,7 +149,7 @@ def test_everything_a_page_shows_works(page: Path, tmp_path: Path, smollm2: Path
             if "file" in block.notes:
                 (tmp_path / block.notes["file"]).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
-            run([sys.executable, "-c", block.text], tmp_path, 0)
+            run([sys.executable, "-c", block.text], tmp_path)
         else:
             assert block.language == "text", f"{page.name}: a block in {block.language!r}, which no test runs"
 

@@ -185,12 +185,12 @@ class Oracle:
                 loss = loss + picked * sum(node.probabilities[n] for node in decisions) / len(decisions)
             return s * loss
         zero = torch.zeros((), dtype=torch.float64)
-        importance = torch.stack(
-            [sum((w for d in decisions for i, w in zip(d.ids, d.weights, strict=True) if i == n), zero) for n in
-            range(s)]
-        )
+        importance = [zero] * s
+        for node in decisions:
+            for n, weight in zip(node.ids, node.weights, strict=True):
+                importance[n] = importance[n] + weight
         load = torch.stack([node.load for node in decisions]).sum(0)
-        return cv_squared(importance) + cv_squared(load)
+        return cv_squared(torch.stack(importance)) + cv_squared(load)
 
 
 def cv_squared(values: Tensor) -> Tensor:

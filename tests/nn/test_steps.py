@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from smore_cli.nn import AdapterContext, adapted_modules, checkpoint_contexts
 from smore_cli.nn.context import current_context
-from tests.nn.models import add_random, adapter_gradients, llama, small_smore, token_ids
+from tests.nn.models import adapter_gradients, add_random, llama, small_smore, token_ids
 from tests.nn.trees import random_tree, rows
 
 if TYPE_CHECKING:
@@ -28,13 +28,15 @@ GATES = ["dense", "switch", "noisy_topk"]
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
-    model.gradient_checkpointing_enable(  # type: ignore[operator]
-        gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
+    model.activation_checkpointing_enable(  # type: ignore[operator]
+        activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts}
     )
     return model.train()
 
 
-def step(model: nn.Module, observe: Callable[[RoutingTrace], None] | None = None) -> tuple[Tensor, int, dict[str, Tensor]]:
+def step(
+    model: nn.Module, observe: Callable[[RoutingTrace], None] | None = None
+) -> tuple[Tensor, int, dict[str, Tensor]]:
     """Returns the balance loss, the number of records and the gradients of one step."""
     ids = token_ids(2, 7)
     torch.manual_seed(0)  # the noisy gate's draws
@@ -114,11 +116,12 @@ def accumulated(model: nn.Module, parts: int) -> tuple[list[float], dict[str, Te
     return values, adapter_gradients(model)
 
 
-@pytest.mark.parametrize(("gate", "training"), [("dense", True), ("switch", True), ("noisy_topk", False), ("noisy_topk", True)])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gate", GATES)
 def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches(
     tiny_llama: Path, gate: str, training: bool
 ) -> None:
-    config = small_smore(gate=gate, aux_loss_coefficient=1.0)
+    config = small_smore(gate=gate, aux_loss_coefficient=1.0, target_modules=["q_proj", "down_proj"])
     model = add_random(llama(tiny_llama).double(), config).double().train(training)
     for module in adapted_modules(model).values():  # noise that depends on the expert alone, not on the split
         tree: Any = module.adapters["default"]
@@ -130,7 +133,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches(
         assert split_values == pytest.approx([values[0]] * parts, rel=1e-9)
         assert split.keys() == whole.keys()
         for name, gradient in whole.items():
-            torch.testing.assert_close(split[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(split[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_the_gradient_of_the_balance_loss_of_a_split_step_is_exactly_that_of_the_whole_step() -> None:

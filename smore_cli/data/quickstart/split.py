@@ -53,7 +53,8 @@ def deal(items: Iterable[Item], train: int, test: int, rng: random.Random) -> tu
 
 def similarity(a: set[str], b: set[str]) -> float:
     """The Jaccard similarity of two sets of words."""
-    return len(a & b) / len(a | b)
+    shared = len(a & b)
+    return shared / (len(a) + len(b) - shared)
 
 
 def _test_keys(keys: Sequence[tuple[str, str, str]], count: int) -> list[tuple[str, str, str]]:

@@ -1,0 +1,124 @@
+"""`smore inspect-routing`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from smore_cli.routing.session import RoutingProfile
+
+__all__ = ["inspect_routing_command"]
+
+
+def inspect_routing_command(
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="RUN", help="A run's folder, or an adapter's; default: the newest run under runs/."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="FILE_OR_NAME", help="Look at this; default: the run's held-out or training rows."
+        ),
+    ] = None,
+    format_name: Annotated[
+        str | None, typer.Option("--format", metavar="F", help="How to read --data; default: as the run's own data.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="S", help="Split of --data; default: train.")] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, help="At most N rows, evenly spaced over the data.")
+    ] = 128,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", metavar="N", min=1, help="Rows a forward pass; changes only the speed."),
+    ] = None,
+    level: Annotated[
+        int | None, typer.Option("--level", metavar="N", min=0, help="Only this tree level; 0 is the leaves.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="A-B", help="Only these layers, as in 0-5,29.")
+    ] = None,
+    detail: Annotated[
+        str | None,
+        typer.Option("--detail", metavar="PATH", help="All numbers of one linear map, by path or as in 3.q."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show which experts the tokens of some data use: per layer, projection and tree level."""
+    from smore_cli.errors import UsageError
+    from smore_cli.routing.layout import parse_layers
+
+    if data is None and (format_name or split):
+        raise UsageError("--format and --split are about --data, which is not given", "name a file with --data")
+    if detail is not None and layers is not None:
+        raise UsageError("--detail names one linear map, --layers several", "give one of the two")
+    wanted_layers = parse_layers(layers) if layers is not None else None
+
+    from smore_cli.routing.session import Choice, DataRequest, inspect_run
+
+    profile = inspect_run(
+        run,
+        DataRequest(data, format_name, split, limit),
+        Choice(level, wanted_layers, detail),
+        batch_size=batch_size,
+        progress=_progress,
+    )
+    if as_json:
+        typer.echo(json.dumps(profile.document(), indent=1, allow_nan=False))
+    else:
+        _print(profile, in_full=detail is not None)
+
+
+def _print(profile: RoutingProfile, *, in_full: bool) -> None:
+    """Prints a profile for people, or its one linear map in full."""
+    from smore_cli.cli.console import out
+    from smore_cli.routing import view
+    from smore_cli.routing.statistics import levels_of
+
+    def line(text: str, style: str = "") -> None:
+        out.print(text, style=style, markup=False)
+
+    line(f"{profile.run}: {profile.method} on {profile.backbone}", "bold")
+    line(f"data: {profile.inputs.line()}")
+    levels = levels_of(profile.routers)
+    for level in levels:
+        members = [router for router in profile.routers if router.level == level]
+        line(f"\nlevel {view.level_name(level, levels)}{f' of {members[0].module}' if in_full else ''}", "bold")
+        if in_full:
+            line(view.detail_line(members[0]))
+            out.print(view.detail(members[0]))
+            continue
+        for table in view.heat_tables(members, out.width):
+            out.print(table)
+    if not in_full:
+        line("")
+        for text in view.LEGEND:
+            line(text, "dim")
+        line("")
+        out.print(view.summary_table(profile.routers))
+        for text in view.dead_lines(profile.routers):
+            line(text, "red")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Shows how many rows are done: a bar on a terminal, one plain line elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from smore_cli.cli.console import err
+
+    if not err.is_terminal:
+        err.print("running the rows through the model ...", markup=False)
+        yield lambda done, total: None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("rows", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,130 @@
+"""Small real computations that tell what works on a device: what `smore doctor` runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from smore_cli.atomic import write_text
+from smore_cli.models.cache import cache_folder
+from smore_cli.models.quiet import quiet
+from smore_cli.models.source import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Probe", "run_probes"]
+
+_SIZE = 512
+"""Rows and columns of the matrices: large enough for the speed to mean something, a few milliseconds on any device."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The outcome of one probe.
+
+    Attributes:
+        name: what was tried.
+        works: whether it did what it should.
+        required: whether nothing can be trained without it.
+        detail: what was measured, or what went wrong.
+    """
+
+    name: str
+    works: bool
+    required: bool
+    detail: str
+
+
+def run_probes(device: torch.device) -> list[Probe]:
+    """Runs every probe on `device`; a probe that fails is a result, not an error."""
+    return [
+        _probe(f"float32 forward and backward on {device}", lambda: _dense(device, torch.float32), required=True),
+        _probe(f"bfloat16 forward and backward on {device}", lambda: _bfloat16(device), required=False),
+        _probe(f"4-bit (nf4) forward and backward on {device}", lambda: _four_bit(device), required=False),
+        _probe("writing into the cache folder", _cache, required=True),
+    ]
+
+
+def _probe(name: str, attempt: Callable[[], str], *, required: bool) -> Probe:
+    try:
+        return Probe(name, True, required, attempt())
+    except Exception as error:  # whatever a broken installation raises is what the user wants to read
+        return Probe(name, False, required, f"{type(error).__name__}: {one_line(error)}")
+
+
+def _dense(device: torch.device, dtype: torch.dtype) -> str:
+    weight, x = _matrices(device, dtype)
+    expected = x.double() @ weight.double().t()
+    y = F.linear(x, weight)
+    gradient = torch.autograd.grad(y.sum(), x)[0]
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    _require_close("the product", y, expected, tolerance)
+    _require_close("the gradient", gradient, weight.double().sum(0).expand_as(x), tolerance)
+    return f"{_milliseconds(device, dtype):.1f} ms"
+
+
+def _bfloat16(device: torch.device) -> str:
+    measured = _dense(device, torch.bfloat16)
+    ratio = _milliseconds(device, torch.bfloat16) / _milliseconds(device, torch.float32)
+    return f"{measured}, {ratio:.1f} x the time of float32"
+
+
+def _four_bit(device: torch.device) -> str:
+    """Compares a bitsandbytes layer with its own dequantised weight."""
+    with quiet():
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn.modules import Linear4bit
+
+        layer: Any = Linear4bit(_SIZE, _SIZE, bias=False, compute_dtype=torch.float32, quant_type="nf4")  # type: ignore[no-untyped-call]
+        layer = layer.to(device)
+        weight = dequantize_4bit(layer.weight, layer.weight.quant_state).double()
+        _, x = _matrices(device, torch.float32)
+        y = layer(x)
+        gradient = torch.autograd.grad(y.sum(), x)[0]
+    _require_close("the product", y, x.double() @ weight.t(), 1e-3)
+    _require_close("the gradient", gradient, weight.sum(0).expand_as(x), 1e-3)
+    return "equal to its dequantised weight"
+
+
+def _cache() -> str:
+    folder = cache_folder()
+    path = folder / ".doctor"
+    write_text(path, "")
+    path.unlink()
+    return str(folder)
+
+
+def _matrices(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a weight and an input that wants its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(_SIZE, _SIZE, generator=generator).to(device, dtype) for _ in range(2))
+    return weight, x.requires_grad_()
+
+
+def _require_close(what: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
+    if not error < tolerance:
+        raise ArithmeticError(f"{what} is wrong by {error:.1e}")
+
+
+def _milliseconds(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
+    """Returns the shortest time of one forward and backward product."""
+    weight, x = _matrices(device, dtype)
+    times = []
+    for _ in range(repeats):
+        _synchronise(device)
+        start = time.perf_counter()
+        torch.autograd.grad(F.linear(x, weight).sum(), x)
+        _synchronise(device)
+        times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,135 @@
+"""One inspection from beginning to end: open a run, read the data, run them through the model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smore_cli import __version__
+from smore_cli.errors import UsageError
+from smore_cli.methods import load_method
+from smore_cli.models.load import default_device, load_tokenizer
+from smore_cli.models.runs import open_run
+from smore_cli.nn import adapted_modules
+from smore_cli.routing.collect import collect_routing
+from smore_cli.routing.inputs import choose_inputs, given_source
+from smore_cli.routing.layout import choose_level, choose_modules, places
+from smore_cli.routing.statistics import DEAD_BELOW, summarise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from smore_cli.routing.inputs import Inputs
+    from smore_cli.routing.statistics import RouterStatistics
+
+__all__ = ["Choice", "DataRequest", "RoutingProfile", "inspect_run"]
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What the command line says about data; None: as the run has it."""
+
+    path: str | None = None
+    format: str | None = None
+    split: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which routers are wanted; None: all."""
+
+    level: int | None = None
+    layers: set[int] | None = None
+    module: str | None = None
+
+
+@dataclass(frozen=True)
+class RoutingProfile:
+    """What the routers of a run do with some data.
+
+    Attributes:
+        run: the run's folder.
+        backbone: its backbone, as the recipe has it.
+        method: its adapter's method.
+        inputs: the data.
+        routers: in the model's order, the root of each first.
+        seconds: wall-clock time of each part.
+    """
+
+    run: Path
+    backbone: str
+    method: str
+    inputs: Inputs
+    routers: list[RouterStatistics]
+    seconds: dict[str, float]
+
+    def document(self) -> dict[str, Any]:
+        """Returns everything as JSON values."""
+        found = places(router.module for router in self.routers)
+        return {
+            "run": str(self.run),
+            "backbone": self.backbone,
+            "method": self.method,
+            "data": self.inputs.document(),
+            "dead_below": DEAD_BELOW,
+            "levels": [level.document() for level in summarise(self.routers)],
+            "routers": [{**vars(found[router.module]), **router.document()} for router in self.routers],
+            "seconds": {part: round(seconds, 3) for part, seconds in self.seconds.items()},
+            "versions": {"smore": __version__},
+        }
+
+
+def inspect_run(
+    run: Path | None,
+    request: DataRequest,
+    choice: Choice,
+    *,
+    batch_size: int | None,
+    progress: Callable[[], AbstractContextManager[Callable[[int, int], None]]],
+) -> RoutingProfile:
+    """Runs data through a run's model and returns what its routers did.
+
+    Args:
+        run: a run's folder, or an adapter's; None: the newest run.
+        request: which data.
+        choice: which routers.
+        batch_size: rows a forward pass; None: 8 on a CPU, else 32. The result does not depend on it.
+        progress: a context that yields what to call with the rows done and their total.
+
+    Raises:
+        UsageError: the run has no router, or there is nothing of what was asked for.
+        SmoreError: a router gave values that are not finite.
+    """
+    opened = open_run(run)
+    method = opened.adapter.method
+    if not load_method(method).routed:
+        raise UsageError(
+            f"{opened.folder} is a run of method {method}, which treats every token alike: nothing is routed",
+            "inspect a run of a routed method, such as smore",
+        )
+    source = None
+    if request.path is not None:
+        source = given_source(request.path, request.format, request.split, opened.recipe)
+    started = time.perf_counter()
+    inputs = choose_inputs(source, opened.recipe, load_tokenizer(opened.model), request.limit)
+    data_done = time.perf_counter()
+    device = default_device()
+    model, tokenizer = opened.load(device)
+    wanted = choose_modules(adapted_modules(model), layers=choice.layers, name=choice.module)
+    model_done = time.perf_counter()
+    with progress() as on_progress:
+        routers = collect_routing(
+            model,
+            inputs.rows,
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=batch_size or (8 if device.type == "cpu" else 32),
+            on_progress=on_progress,
+        )
+    ended = time.perf_counter()
+    seconds = {"data": data_done - started, "model": model_done - data_done, "forward": ended - model_done}
+    chosen = choose_level([router for router in routers if router.module in wanted], choice.level)
+    return RoutingProfile(opened.folder, opened.model.name_or_path, method, inputs, chosen, seconds)

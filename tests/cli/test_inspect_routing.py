@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from smore_cli.cli import main
+
+
+def smore(*args: object) -> int:
+    """Runs `smore` in this process and returns its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in args])
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMORE_DEBUG", "0")  # main() writes it: set here, it is put back after the test
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def train(folder: Path, tiny_llama: Path, adapter: dict[str, Any]) -> Path:
+    """Trains for two steps, in a process of its own, and returns the run's folder."""
+    recipe = {
+        "version": 1,
+        "model": {"name_or_path": str(tiny_llama)},
+        "adapter": adapter,
+        "data": {
+            "train": [{"path": "quickstart", "format": "multiple_choice", "split": "train[:24]"}],
+            "eval_fraction": 0.25,
+            "max_length": 256,
+        },
+        "train": {"max_steps": 2, "per_device_batch_size": 2, "learning_rate": 0.1},
+        "output_dir": str(folder / "runs" / adapter["method"]),
+    }
+    path = folder / f"{adapter['method']}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "smore_cli", "train", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Path(str(recipe["output_dir"]))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    adapter = {
+        "method": "smore",
+        "rank": [2, 2],
+        "num_experts": [4, 3],
+        "fanout": [2, 2],
+        "router_dim": 4,
+        "key_dim": 4,
+    }
+    return train(tmp_path_factory.mktemp("smore-run"), tiny_llama, adapter)
+
+
+def document(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
+    """What `smore inspect-routing ... --json` prints, which must be all of its stdout."""
+    code = smore("inspect-routing", *args, "--json")
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    return json.loads(shown.out)  # type: ignore[no-any-return]
+
+
+def test_json_holds_every_router_of_a_trained_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, run_folder)
+    assert (found["run"], found["method"]) == (str(run_folder), "smore")
+    data = found["data"]
+    assert (data["role"], data["rows"], data["available_rows"]) == ("held-out", 6, 6)
+    assert data["sources"] == ["quickstart (train[:24])"]
+    routers = found["routers"]
+    assert len(routers) == 2 * 7 * 2  # layers, linear maps of a layer, levels
+    assert [(r["layer"], r["projection"], r["level"]) for r in routers[:4]] == [
+        (0, "q", 1), (0, "q", 0), (0, "k", 1), (0, "k", 0)
+    ]  # fmt: skip
+    for router in routers:
+        root = router["level"] == 1
+        assert (router["experts"], router["picked"]) == ((3, 2) if root else (4, 2))
+        assert router["decisions"] == data["tokens"] * (1 if root else 2)
+        assert sum(router["load"]) == pytest.approx(2, abs=1e-12)
+        assert sum(router["share"]) == pytest.approx(1, abs=1e-6)
+        assert 0 <= router["entropy"] <= 1
+        assert 2 - 1e-9 <= router["effective_experts"] <= router["experts"] + 1e-9
+    assert [(level["level"], level["routers"], level["experts"]) for level in found["levels"]] == [
+        (1, 14, 42), (0, 14, 56)
+    ]  # fmt: skip
+    assert len({tuple(router["load"]) for router in routers}) > 14  # every router is counted by itself
+
+
+def test_the_batch_size_changes_nothing(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = []
+    for size in (1, 6):
+        found = document(capsys, run_folder, "--batch-size", size)
+        numbers.append([x for r in found["routers"] for x in [*r["load"], *r["share"], r["entropy"]]])
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)  # the model itself rounds in float32
+
+
+def test_the_table_shows_every_level_layer_and_projection(run_folder: Path) -> None:
+    command = [sys.executable, "-m", "smore_cli", "inspect-routing", str(run_folder)]
+    for columns in ("80", "120"):
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns}, check=True
+        )
+        lines = done.stdout.splitlines()
+        assert "\x1b" not in done.stdout
+        assert max(map(len, lines)) <= int(columns)
+        titles = ["layer", "effective", "q", "k", "v", "o", "gate", "up", "down"]
+        tables = [i for i, line in enumerate(lines) if line.split() == titles]
+        assert [lines[i - 1] for i in tables] == ["level 1 (root)", "level 0 (leaves)"]
+        for table, experts in zip(tables, (3, 4), strict=True):
+            for layer in (0, 1):
+                number, effective, *cells = lines[table + 1 + layer].split()
+                assert int(number) == layer
+                assert 2 <= float(effective) <= experts
+                assert [len(cell) for cell in cells] == [experts] * 7
+                assert set("".join(cells)) <= set("▁▂▃▄▅▆▇█·")
+    joined = " ".join(done.stdout.split())
+    assert "data: quickstart (train[:24]), held out from training; 6 rows;" in joined
+    assert " of 3 " in joined
+
+
+def test_on_a_terminal_it_is_coloured(run_folder: Path) -> None:
+    command = [sys.executable, "-m", "smore_cli", "inspect-routing", str(run_folder), "--level", "1", "--layers", "1"]
+    terminal, screen = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
+    subprocess.run(
+        command, stdout=screen, stderr=subprocess.DEVNULL, env={**environment, "TERM": "xterm-256color"}, check=True
+    )
+    os.close(screen)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert "\x1b[" in shown
+    assert "level 1" in shown
+    assert "level 0" not in shown
+
+
+def test_layers_and_a_level_can_be_chosen(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, run_folder, "--layers", "1", "--level", "0", "--limit", 2)
+    assert {(router["layer"], router["level"]) for router in found["routers"]} == {(1, 0)}
+    assert len(found["routers"]) == 7
+    assert (found["data"]["rows"], found["data"]["available_rows"]) == (2, 6)
+
+
+def test_one_linear_map_in_full(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {r["level"]: r for r in document(capsys, run_folder, "--detail", "1.down")["routers"]}
+    assert smore("inspect-routing", run_folder, "--detail", "layers.1.mlp.down_proj") == 0
+    shown = capsys.readouterr().out
+    assert "level 1 (root) of model.layers.1.mlp.down_proj" in shown
+    for level, router in numbers.items():
+        assert router["level"] == level
+        assert f"{router['decisions']:,} decisions, each takes 2 of {router['experts']} experts" in shown
+        for expert, (load, share) in enumerate(zip(router["load"], router["share"], strict=True)):
+            assert [str(expert), f"{load:.4f}", f"{share:.4f}"] in [line.split()[:3] for line in shown.splitlines()]
+
+
+def test_other_data_can_be_given(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "One row of a text."}) + "\n")
+    given = document(capsys, run_folder, "--data", path, "--format", "text")
+    assert (given["data"]["role"], given["data"]["sources"], given["data"]["rows"]) == ("given", [str(path)], 1)
+    bundled = document(capsys, run_folder, "--data", "quickstart", "--split", "test[:3]")
+    assert (bundled["data"]["sources"], bundled["data"]["rows"]) == (["quickstart (test[:3])"], 3)
+    assert given["routers"][0]["load"] != bundled["routers"][0]["load"]
+
+
+def test_the_newest_run_is_the_default(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run_folder.parent.parent)
+    assert document(capsys, "--limit", 1)["run"] == str(Path("runs") / "smore")
+
+
+def test_a_run_that_routes_nothing_is_refused(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(tmp_path, tiny_llama, {"method": "lora", "rank": 2})
+    assert smore("inspect-routing", folder) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == [
+        f"error: {folder} is a run of method lora, which treats every token alike: nothing is routed",
+        "hint: inspect a run of a routed method, such as smore",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--layers", "x"], "--layers: 'x' names no layers"),
+        (["--layers", "1-9"], "--layers: no router in layer 2-9"),
+        (["--detail", "9.q"], "--detail: no router at '9.q'"),
+        (["--detail", "0.q", "--layers", "0"], "--detail names one linear map, --layers several"),
+        (["--level", "7", "--limit", "1"], "--level: the trees have no level 7"),
+        (["--format", "text"], "--format and --split are about --data, which is not given"),
+        (["--data", "missing.jsonl"], "there is no file missing.jsonl"),
+        (["--data", "quickstart", "--format", "txt"], "--format: there is no format 'txt'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    assert smore("inspect-routing", run_folder, *args) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"error: {message}" in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_looking_leaves_the_run_as_it_was(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in run_folder.iterdir()}
+    document(capsys, run_folder, "--limit", 1)
+    assert {path.name: path.stat().st_mtime_ns for path in run_folder.iterdir()} == before

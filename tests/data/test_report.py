@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import replace
+
+import pytest
+
+from smore_cli.data.batch import Row
+from smore_cli.data.report import DataReport, SourceReport, content_hash, name_rows
+
+ROW = Row([1, 2], [[3, 4], [5]], [[True, False], [True]], gold=1)
+OTHERS = [
+    replace(ROW, gold=0),
+    replace(ROW, prompt=[1]),
+    replace(ROW, prompt=[2, 1]),
+    replace(ROW, prompt=[1, 2, 3], branches=[[4], [5]], supervised=[[False], [True]]),
+    replace(ROW, branches=[[3, 4], [6]]),
+    replace(ROW, supervised=[[True, True], [True]]),
+    replace(ROW, branches=[[3], [4, 5]], supervised=[[True], [False, True]]),
+]
+
+
+def test_the_hash_is_the_same_on_every_machine() -> None:
+    numbers = [2, 1, 2, 2, 1, 2, 2, 3, 4, 2, 1, 0, 1, 5, 1, 1]  # each list after its length: header, prompt, branches
+    assert content_hash([ROW]) == hashlib.sha256(struct.pack("<16q", *numbers)).hexdigest()
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_hash_tells_any_difference(other: Row) -> None:
+    assert content_hash([other]) != content_hash([ROW])
+
+
+def test_the_hash_tells_order_and_number() -> None:
+    assert content_hash([ROW, OTHERS[0]]) != content_hash([OTHERS[0], ROW])
+    assert content_hash([ROW]) != content_hash([ROW, ROW])
+
+
+def test_tokens_of_every_branch_are_counted() -> None:
+    report = SourceReport.of("x", [ROW, replace(ROW, prompt=[])], truncated=1, dropped=[4])
+    assert (report.rows, report.tokens, report.supervised, report.longest) == (2, 8, 4, 5)
+    line = "x: 2 rows, 8 tokens, 4 supervised, longest row 5, 1 truncated, 1 dropped (row 4: nothing to learn)"
+    assert report.line() == line
+
+
+def test_the_total_adds_the_sources() -> None:
+    part = SourceReport.of("x", [ROW], truncated=1, dropped=[4])
+    total = DataReport((part, part), "hash").total
+    assert (total.rows, total.tokens, total.supervised, total.longest, total.truncated) == (2, 10, 4, 5, 2)
+    assert len(total.dropped) == 2
+
+
+def test_a_report_can_be_written_as_json() -> None:
+    report = DataReport((SourceReport.of("x", [ROW], truncated=0, dropped=[4]),), "hash")
+    assert json.loads(json.dumps(report.as_dict()))["sources"][0]["dropped"] == [4]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([7], "row 7"),
+        ([1, 2], "rows 1, 2"),
+        (list(range(1, 1212)), "rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 1,201 more"),
+    ],
+)
+def test_the_first_ten_rows_are_named(numbers: list[int], text: str) -> None:
+    assert name_rows(numbers) == text
