@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 failed while running, 2 usage or recipe error (nothing was r
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -25,6 +26,7 @@ __all__ = ["app", "main"]
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin against each other: 2 were slower than 1
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and it warns about it
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import that an optional CPU kernel is not there
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for some reads the metadata of every package installed
 
 _COMMANDS = {

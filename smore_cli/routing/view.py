@@ -26,8 +26,8 @@ NAMED_DEAD = 8
 """How many routers with dead experts the summary names, a level."""
 
 LEGEND = (
-    f"One bar an expert: {BLOCKS[3]} its even share of the picks (of the gate weight, where all are picked), {BLOCKS[-1]} twice "
-    f"that or more, {DEAD} dead (under {100 * DEAD_BELOW:g} % of it).",
+    f"One bar an expert: {BLOCKS[3]} its even share of the picks (of the gate weight, where all are picked), "
+    f"{BLOCKS[-1]} twice that or more, {DEAD} dead (under {100 * DEAD_BELOW:g} % of it).",
     "effective: exp(entropy of the shares); so many experts, evenly used, are as diverse.",
     "entropy: how undecided the router is over one token; 1: all experts alike, 0: certain.",
 )

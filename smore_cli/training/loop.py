@@ -16,6 +16,7 @@ from smore_cli.atomic import write_text
 from smore_cli.data.batch import collate
 from smore_cli.errors import CheckpointError, Interrupted, SmoreError
 from smore_cli.models.adapter_files import save_adapter
+from smore_cli.models.tokenizer_files import save_tokenizer
 from smore_cli.nn import AdapterContext
 from smore_cli.recipe import dump_recipe
 from smore_cli.training.checkpoint import (
@@ -259,7 +260,7 @@ class Run:
         save_adapter(
             self.setup.accelerator.unwrap_model(self.setup.model), recipe.adapter, self.run_dir, base=recipe.model
         )
-        self.setup.tokenizer.save_pretrained(self.run_dir)
+        save_tokenizer(self.setup.tokenizer, self.run_dir)
         values = self.values(finished=True)
         write_text(self.run_dir / "README.md", model_card(recipe, dump_recipe(recipe), values))
         write_run_json(self.run_dir, values)

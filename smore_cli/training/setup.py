@@ -79,13 +79,14 @@ class Setup:
     def describe(self) -> list[str]:
         """Returns what is about to be run, in a few lines."""
         counts, plan = self.parameter_counts(), self.plan
+        epochs = plan.epoch_of(plan.total_steps)
         tokens = sum(row.length for row in self.train_rows)
         return [
             f"method    {self.recipe.adapter.title}, on {len(self.targets)} linear maps",
             f"trainable {counts['trainable']:,} of {counts['total']:,} parameters "
             f"({100 * counts['trainable'] / counts['total']:.2f} %)",
             f"data      {len(self.train_rows):,} training rows ({tokens:,} tokens), {len(self.eval_rows):,} held out",
-            f"steps     {plan.total_steps} of {plan.global_batch_size} rows, {plan.epoch_of(plan.total_steps):.2f} epochs",
+            f"steps     {plan.total_steps} of {plan.global_batch_size} rows, {epochs:.2f} epochs",
         ]
 
 
@@ -148,5 +149,6 @@ def _rows(
 def _enable_checkpointing(model: Any) -> None:
     """Non-reentrant checkpointing whose recomputation sees the routing context and records nothing twice."""
     if not model.supports_gradient_checkpointing:
-        raise ModelError(f"{type(model).__name__} cannot recompute activations", "set train.gradient_checkpointing: false")
+        name = type(model).__name__
+        raise ModelError(f"{name} cannot recompute activations", "set train.gradient_checkpointing: false")
     model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})

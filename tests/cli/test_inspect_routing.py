@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from smore_cli.cli import main
+from smore_cli.cli.console import out
 
 
 def smore(*args: object) -> int:
@@ -30,7 +31,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(folder: Path, tiny_llama: Path, adapter: dict[str, Any]) -> Path:
-    """Trains for two steps, in a process of its own, and returns the run's folder."""
+    """Trains for two steps and returns the run's folder."""
     recipe = {
         "version": 1,
         "model": {"name_or_path": str(tiny_llama)},
@@ -45,9 +46,7 @@ def train(folder: Path, tiny_llama: Path, adapter: dict[str, Any]) -> Path:
     }
     path = folder / f"{adapter['method']}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "smore_cli", "train", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert smore("train", path) == 0
     return Path(str(recipe["output_dir"]))
 
 
@@ -105,28 +104,28 @@ def test_the_batch_size_changes_nothing(run_folder: Path, capsys: pytest.Capture
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)  # the model itself rounds in float32
 
 
-def test_the_table_shows_every_level_layer_and_projection(run_folder: Path) -> None:
-    command = [sys.executable, "-m", "smore_cli", "inspect-routing", str(run_folder)]
-    for columns in ("80", "120"):
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns}, check=True
-        )
-        lines = done.stdout.splitlines()
-        assert "\x1b" not in done.stdout
-        assert max(map(len, lines)) <= int(columns)
-        titles = ["layer", "effective", "q", "k", "v", "o", "gate", "up", "down"]
-        tables = [i for i, line in enumerate(lines) if line.split() == titles]
-        assert [lines[i - 1] for i in tables] == ["level 1 (root)", "level 0 (leaves)"]
-        for table, experts in zip(tables, (3, 4), strict=True):
-            for layer in (0, 1):
-                number, effective, *cells = lines[table + 1 + layer].split()
-                assert int(number) == layer
-                assert 2 <= float(effective) <= experts
-                assert [len(cell) for cell in cells] == [experts] * 7
-                assert set("".join(cells)) <= set("▁▂▃▄▅▆▇█·")
-    joined = " ".join(done.stdout.split())
-    assert "data: quickstart (train[:24]), held out from training; 6 rows;" in joined
-    assert " of 3 " in joined
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_shows_every_level_layer_and_projection(
+    run_folder: Path, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(out, "width", columns)
+    assert smore("inspect-routing", run_folder) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert "\x1b" not in shown
+    assert max(map(len, lines)) <= columns
+    titles = ["layer", "effective", "q", "k", "v", "o", "gate", "up", "down"]
+    tables = [i for i, line in enumerate(lines) if line.split() == titles]
+    assert [lines[i - 1] for i in tables] == ["level 1 (root)", "level 0 (leaves)"]
+    for table, experts in zip(tables, (3, 4), strict=True):
+        for layer in (0, 1):
+            number, effective, *cells = lines[table + 1 + layer].split()
+            assert int(number) == layer
+            assert 2 <= float(effective) <= experts
+            assert [len(cell) for cell in cells] == [experts] * 7
+            assert set("".join(cells)) <= set("▁▂▃▄▅▆▇█·")
+    assert "data: quickstart (train[:24]), held out from training; 6 rows;" in " ".join(lines)
+    assert [line.split()[0] for line in lines if " of 3 " in line or " of 4 " in line] == ["1", "0"]
 
 
 def test_on_a_terminal_it_is_coloured(run_folder: Path) -> None:
@@ -170,7 +169,8 @@ def test_other_data_can_be_given(run_folder: Path, tmp_path: Path, capsys: pytes
     assert (given["data"]["role"], given["data"]["sources"], given["data"]["rows"]) == ("given", [str(path)], 1)
     bundled = document(capsys, run_folder, "--data", "quickstart", "--split", "test[:3]")
     assert (bundled["data"]["sources"], bundled["data"]["rows"]) == (["quickstart (test[:3])"], 3)
-    assert given["routers"][0]["load"] != bundled["routers"][0]["load"]
+    shares = [[router["share"] for router in found["routers"]] for found in (given, bundled)]
+    assert shares[0] != shares[1]
 
 
 def test_the_newest_run_is_the_default(
@@ -184,6 +184,7 @@ def test_a_run_that_routes_nothing_is_refused(
     tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train(tmp_path, tiny_llama, {"method": "lora", "rank": 2})
+    capsys.readouterr()
     assert smore("inspect-routing", folder) == 2
     shown = capsys.readouterr()
     assert shown.out == ""

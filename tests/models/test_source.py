@@ -1,13 +1,14 @@
-"""Where a model name leads, and what a user is told when it leads nowhere; no test here needs or reaches a network."""
+"""Where a model name leads, and what a user is told when it leads nowhere; no test leaves this machine."""
 
 from __future__ import annotations
 
 import shutil
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
-import httpx2
 import pytest
-from huggingface_hub import HfApi
 
 from smore_cli.errors import ModelError
 from smore_cli.models.source import ModelSource, find_source
@@ -41,16 +42,59 @@ def test_an_unknown_hub_name_says_that_offline_mode_is_on() -> None:
     assert "smollm2-135m" in caught.value.hint
 
 
+class _Hub(BaseHTTPRequestHandler):
+    """Answers every request with one status and error code, as the hub does."""
+
+    status, code = 404, "RepoNotFound"
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.send_header("X-Error-Code", self.code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _use_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+
+
 def test_an_unreachable_hub_fails_at_once_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The real client against a port where nothing listens: connection refused, as behind a dead network.
-    refused = "http://127.0.0.1:9"
-
-    def ask(_: HfApi, name: str, **__: object) -> None:
-        httpx2.get(f"{refused}/api/models/{name}", timeout=5)
-
-    monkeypatch.setattr(HfApi, "model_info", ask)
+    _use_hub(monkeypatch, "http://127.0.0.1:9")  # nothing listens there
+    start = time.monotonic()
     with pytest.raises(ModelError, match="and the hub cannot be reached"):
         find_source(_config("some-org/some-model"))
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "there is no folder and no hub model 'some-org/some-model'"),
+        (404, "RevisionNotFound", "hub model 'some-org/some-model' has no revision 'v9'"),
+        (403, "GatedRepo", "is gated and this login may not read it"),
+        (500, "", "500"),
+    ],
+)
+def test_what_the_hub_answers_is_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, status: int, code: str, message: str
+) -> None:
+    monkeypatch.setattr(_Hub, "status", status)
+    monkeypatch.setattr(_Hub, "code", code)
+    with HTTPServer(("127.0.0.1", 0), _Hub) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            _use_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+            with pytest.raises(ModelError, match=message) as caught:
+                find_source(_config("some-org/some-model", revision="v9"))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "\n" not in caught.value.message
 
 
 def test_a_hub_model_in_the_cache_is_used_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

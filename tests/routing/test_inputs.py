@@ -100,7 +100,7 @@ def test_the_bundled_set_needs_no_format_and_has_splits() -> None:
 def test_a_format_that_is_missing_or_unknown_is_refused(train: dict[str, str]) -> None:
     mixed = recipe(train=[train, {**train, "format": "chat"}])
     for run in (None, mixed):
-        with pytest.raises(UsageError, match="--data x.jsonl: there is no --format") as caught:
+        with pytest.raises(UsageError, match=r"--data x\.jsonl: there is no --format") as caught:
             given_source("x.jsonl", None, None, run)
         assert "multiple_choice" in caught.value.hint
     with pytest.raises(UsageError, match="there is no format 'texts'"):
