@@ -11,7 +11,7 @@ What a fenced block's language means here:
 
 A comment before a block adds to that: `<!-- file: NAME -->` writes it to a file that the commands after it use (one
 named `broken...` need not load), `<!-- exit: N -->` says which exit code the commands must have, and
-`<!-- stop: SIGINT -->` that this signal comes after the first checkpoint. Training takes three steps without held-out
+`<!-- stop: SIGINT -->` that this signal comes after the first checkpoint. Training takes three small steps, no held-out
 data, evaluation and inspection four rows (`shortened`). Lines of `make`, `pip` and `git` are
 not run here: `.ci/run` is made of the first two.
 """
@@ -82,7 +82,8 @@ def commands(block: Block) -> list[Command]:
 def shortened(words: list[str]) -> list[str]:
     """The command as shown, with the flags that keep a test short appended."""
     if words[:2] == ["smore", "train"]:
-        short = ["train.epochs=null", "train.max_steps=3", "train.save_steps=1", "data.eval=null"]
+        steps = ["train.epochs=null", "train.max_steps=3", "train.save_steps=1", "train.per_device_batch_size=2"]
+        short = [*steps, "data.eval=null"]
         return [*words, *(word for setting in short for word in ("--set", setting))]
     if words[:2] in (["smore", "eval"], ["smore", "inspect-routing"]):
         return [*words, "--limit", "4"]
