@@ -47,6 +47,8 @@ def require_new(run_dir: Path) -> None:
     parent = run_dir.absolute()
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise UsageError(f"output_dir {run_dir} cannot be made: {parent} is a file", "choose another with --output-dir")
     if not os.access(parent, os.W_OK):
         raise UsageError(f"output_dir {run_dir} cannot be written: no permission in {parent}", "choose another")
 

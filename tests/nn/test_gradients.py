@@ -44,8 +44,9 @@ def gradcheck(module: nn.Module, x: Tensor) -> None:
 
     inputs = (x.requires_grad_(), *(value.detach().clone().requires_grad_() for value in values))
     if not outputs(*inputs)[1].requires_grad:  # no balance loss: gradcheck wants outputs that depend on the inputs
-        torch.autograd.gradcheck(lambda *args: outputs(*args)[0], inputs, eps=STEP, atol=1e-7, rtol=1e-5,
-        fast_mode=True)
+        torch.autograd.gradcheck(
+            lambda *args: outputs(*args)[0], inputs, eps=STEP, atol=1e-7, rtol=1e-5, fast_mode=True
+        )
     else:
         torch.autograd.gradcheck(outputs, inputs, eps=STEP, atol=1e-7, rtol=1e-5, fast_mode=True)
 

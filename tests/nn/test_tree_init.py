@@ -98,9 +98,7 @@ def moved(module: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("gate", ["dense", "switch", "noisy_topk"])
 @pytest.mark.parametrize("init", ZERO_INITS)
-def test_a_model_with_fresh_adapters_gives_exactly_the_backbones_logits(
-    tiny_llama: Path, init: str, gate: str
-) -> None:
+def test_a_model_with_fresh_adapters_gives_exactly_the_backbones_logits(tiny_llama: Path, init: str, gate: str) -> None:
     model, ids, before = adapted_llama(tiny_llama, init=init, gate=gate)
     for training in (False, True):
         model.train(training)

@@ -143,3 +143,36 @@ def unfinished(make_recipe: MakeRecipe, tmp_path: Path, **sections: Any) -> Path
     values = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**values, "finished": False}))
     return folder
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"dtype": "bfloat16"}},
+        {"quantization": {"bits": 4, "type": "nf4"}},
+        {"quantization": {"bits": 4, "type": "fp4", "double_quant": False}},
+        {"train": {"gradient_checkpointing": True, "global_batch_size": 8}},
+        {"adapter": {"method": "lora", "rank": 4, "dropout": 0.1}},
+        {"train": {"lr_scheduler": "constant", "weight_decay": 0.1, "max_grad_norm": 0.0}},
+    ],
+    ids=["bf16", "nf4", "fp4", "checkpointing", "dropout", "no-clipping"],
+)
+def test_every_setting_trains_and_loads_again(make_recipe: MakeRecipe, tmp_path: Path, sections: dict) -> None:
+    """The saved run, opened anew, has the held-out loss that the training measured at its end."""
+    import torch
+
+    from smore_cli.data.batch import collate
+    from smore_cli.data.build import build_rows, split_eval
+    from smore_cli.models.forward import target_logprobs
+    from smore_cli.models.runs import open_run
+
+    path = make_recipe(data={"eval_fraction": 0.1}, **sections)
+    result = run(path)["result"]
+    model, tokenizer = open_run(tmp_path / "run").load()
+    recipe = load_recipe(path)
+    _, rows = split_eval(build_rows(recipe.data, tokenizer, recipe.data.train).rows, 0.1, recipe.seed)
+    batch = collate(rows, pad_token_id=tokenizer.pad_token_id)
+    with torch.inference_mode():
+        loss = -float(target_logprobs(model.eval(), batch).mean())
+    tolerance = 2e-2 if "model" in sections else 1e-4  # bfloat16 sums differ between batches
+    assert loss == pytest.approx(result["eval_loss"], rel=tolerance)
