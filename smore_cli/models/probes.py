@@ -43,7 +43,7 @@ class Probe:
 def run_probes(device: torch.device) -> list[Probe]:
     """Runs every probe on `device`; a probe that fails is a result, not an error."""
     return [
-        _probe(f"float32 forward and backward on {device}", lambda: _dense(device, torch.float32), required=True),
+        _probe(f"float32 forward and backward on {device}", lambda: _float32(device), required=True),
         _probe(f"bfloat16 forward and backward on {device}", lambda: _bfloat16(device), required=False),
         _probe(f"4-bit (nf4) forward and backward on {device}", lambda: _four_bit(device), required=False),
         _probe("writing into the cache folder", _cache, required=True),
@@ -57,21 +57,25 @@ def _probe(name: str, attempt: Callable[[], str], *, required: bool) -> Probe:
         return Probe(name, False, required, f"{type(error).__name__}: {one_line(error)}")
 
 
-def _dense(device: torch.device, dtype: torch.dtype) -> str:
+def _float32(device: torch.device) -> str:
+    _check_product(device, torch.float32, tolerance=1e-3)
+    return f"{_milliseconds(device, torch.float32):.1f} ms"
+
+
+def _check_product(device: torch.device, dtype: torch.dtype, *, tolerance: float) -> None:
     weight, x = _matrices(device, dtype)
     expected = x.double() @ weight.double().t()
     y = F.linear(x, weight)
     gradient = torch.autograd.grad(y.sum(), x)[0]
-    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     _require_close("the product", y, expected, tolerance)
     _require_close("the gradient", gradient, weight.double().sum(0).expand_as(x), tolerance)
-    return f"{_milliseconds(device, dtype):.1f} ms"
 
 
 def _bfloat16(device: torch.device) -> str:
-    measured = _dense(device, torch.bfloat16)
-    ratio = _milliseconds(device, torch.bfloat16) / _milliseconds(device, torch.float32)
-    return f"{measured}, {ratio:.1f} x the time of float32"
+    _check_product(device, torch.bfloat16, tolerance=2e-2)
+    times = {dtype: _milliseconds(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    half, full = times[torch.bfloat16], times[torch.float32]
+    return f"{half:.1f} ms, {half / full:.1f} x the {full:.1f} ms of float32"
 
 
 def _four_bit(device: torch.device) -> str:

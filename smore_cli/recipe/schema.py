@@ -57,7 +57,7 @@ class ModelConfig(Section):
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model")] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Field(description="compute type; auto is float32 on a CPU (bfloat16 is about 3x slower there), else bfloat16"),
+        Field(description="compute type; auto is float32 on a CPU (few are faster in bfloat16), else bfloat16"),
     ] = "auto"
     attn_implementation: Annotated[
         Literal["sdpa", "eager", "flash_attention_2"] | None,
