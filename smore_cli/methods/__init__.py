@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -56,13 +57,13 @@ class MethodConfig(BaseModel):
         Field(description="names of the linear maps to adapt, as in [q_proj, v_proj], or 'all-linear'"),
     ] = "all-linear"
 
+    @abstractmethod
     def build(self, site: Site) -> Adapter:
         """Returns the freshly initialised adapter of one linear map (float32)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_parameters(self, site: Site) -> int:
         """Returns how many trainable numbers `build(site)` has, from the method's formula."""
-        raise NotImplementedError
 
 
 def available_methods() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,9 +14,10 @@ if TYPE_CHECKING:
 __all__ = ["AdaptedLinear", "Adapter", "add_projection"]
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """The trainable update of one linear map; its float32 parameters are cast down to the input's dtype, never up."""
 
+    @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns y + update(x).
 
@@ -23,7 +25,6 @@ class Adapter(nn.Module):
             x: (..., d_in) input of the linear map.
             y: (..., d_out) its output, in the same dtype.
         """
-        raise NotImplementedError
 
 
 class AdaptedLinear(nn.Module):
