@@ -71,7 +71,7 @@ def reload(recipe: Recipe, folder: Path) -> Recipe:
     name=text,
     revision=st.none() | text,
     columns=st.dictionaries(text, text, max_size=3),
-    modules=text | st.lists(text, max_size=3),
+    modules=text | st.lists(text, min_size=1, max_size=3),
     rate=positive,
     epochs=st.none() | positive,
     seed=st.integers(0, 10**30),
