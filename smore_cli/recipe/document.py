@@ -72,9 +72,10 @@ class Document:
         return Mark(1, 1)
 
     def add(self, loc: Loc, message: str, *, key: bool = False) -> None:
-        """Notes a problem with the value (or the key) at `loc`."""
-        if loc not in self.unreadable or loc in self.overrides:
-            self.problems.append(Problem(self.where(loc, key=key), message))
+        """Notes a problem with the value (or the key) at `loc`, once."""
+        problem = Problem(self.where(loc, key=key), message)
+        if (loc not in self.unreadable or loc in self.overrides) and problem not in self.problems:
+            self.problems.append(problem)
 
     def fail_if_any(self) -> None:
         """Raises RecipeError with every problem found so far, in the order of the file, those of overrides last."""

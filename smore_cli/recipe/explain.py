@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections import defaultdict
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -15,7 +17,7 @@ from smore_cli.recipe.document import Document, Loc
 from smore_cli.recipe.reading import CORE_SCALARS
 from smore_cli.recipe.unknown_keys import known_keys, unknown_key
 
-__all__ = ["explain", "explain_removed"]
+__all__ = ["explain", "explain_removed", "without_unknown_keys"]
 
 _NOUNS = {
     "string_type": "a string",
@@ -71,6 +73,16 @@ def explain(error: ValidationError, document: Document, values: dict[str, Any]) 
             document.add(loc, _wrong_value(loc, [detail]))
         if not inner:
             document.add(field_loc, _wrong_value(field_loc, [detail for _, detail in members]))
+
+
+def without_unknown_keys(error: ValidationError, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of the checked values without the keys that no section knows."""
+    known: Any = copy.deepcopy(values)
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "extra_forbidden":
+            *section, key = _split(detail["loc"], values)[0]
+            reduce(lambda inside, part: inside[part], section, known).pop(key)
+    return cast("dict[str, Any]", known)
 
 
 def explain_removed(document: Document, values: dict[str, Any]) -> None:

@@ -138,3 +138,18 @@ def test_an_alias_stands_for_its_anchor(write: Callable[[str], Path], good: str)
     )
     first, second = load_recipe(write(text)).data.train
     assert first.columns == second.columns == {"messages": "turns"}
+
+
+def test_an_unknown_key_does_not_hide_what_its_section_contradicts(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "version: 1\nmodel: {name_or_path: smollm2-135m}\n"
+        "adapter:\n  method: smore\n  lora_r: 8\n  fanout: [5, 2]\n"
+        "data: {train: [{path: rows.jsonl, format: chat}]}\noutput_dir: runs/x\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert [problem.split(": ", 1)[1].splitlines()[0] for problem in caught.value.problems] == [
+        "unknown key 'lora_r' in adapter: that is axolotl's name, here it is 'rank'",
+        "fanout: 5 children cannot be picked from the 4 experts of pool 0",
+    ]
