@@ -11,6 +11,7 @@ What a fenced block's language means here:
 
 A comment before a block adds to that: `<!-- file: NAME -->` writes it to a file that the commands after it use (one
 named `broken...` need not load), `<!-- exit: N -->` says which exit code the commands must have, and
+`<!-- needs: NAME -->` that they read the shared data under that name (the page is skipped where there is none), and
 `<!-- stop: SIGINT -->` that this signal comes after the first checkpoint. Training takes three small steps, no held-out
 data, evaluation and inspection four rows (`shortened`). Lines of `make`, `pip` and `git` are
 not run here: `.ci/run` is made of the first two.
@@ -137,9 +138,13 @@ def check_recipe(block: Block, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_everything_a_page_shows_works(page: Path, tmp_path: Path, smollm2: Path) -> None:
+def test_everything_a_page_shows_works(
+    page: Path, tmp_path: Path, smollm2: Path, request: pytest.FixtureRequest
+) -> None:
     shutil.copytree(PROJECT / "recipes", tmp_path / "recipes")
     for block in blocks(page):
+        if "needs" in block.notes:
+            (tmp_path / block.notes["needs"]).symlink_to(request.getfixturevalue("shared_data"))
         if block.language in ("bash", "console"):
             for command in commands(block):
                 run_command(command, tmp_path, block.notes)
