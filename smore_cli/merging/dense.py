@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from smore_cli.errors import UsageError
-from smore_cli.nn import AdaptedLinear, adapted_modules, detach
+from smore_cli.nn import AdaptedModule, adapted_modules, detach
 from smore_cli.nn.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def merge_lora(model: PreTrainedModel, name: str = "default") -> int:
 
 
 @torch.no_grad()
-def _add(module: AdaptedLinear, adapter: LowRank) -> None:
+def _add(module: AdaptedModule, adapter: LowRank) -> None:
     weight = module.weight
     update = adapter.scale * (adapter.lora_B.double() @ adapter.lora_A.double())  # (d_out, d_in)
     if type(module.base).__name__ == "Conv1D":  # GPT-2's linear map holds its weight as (d_in, d_out)
@@ -54,7 +54,7 @@ def _add(module: AdaptedLinear, adapter: LowRank) -> None:
     weight.copy_((weight.double() + update).to(weight.dtype))
 
 
-def _untie(model: PreTrainedModel, module: AdaptedLinear) -> None:
+def _untie(model: PreTrainedModel, module: AdaptedModule) -> None:
     """Gives an output head that shares the embedding's weight a weight of its own: the embedding must not change."""
     embedding: Any = model.get_input_embeddings()
     base = module.base

@@ -11,32 +11,55 @@ import difflib
 import importlib
 import pkgutil
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from smore_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from smore_cli.nn import Adapter
 
-__all__ = ["MethodConfig", "Site", "available_methods", "config_from_dict", "load_method"]
+__all__ = ["MethodConfig", "Site", "SiteKind", "available_methods", "config_from_dict", "load_method"]
+
+T = TypeVar("T")
+
+
+SiteKind = Literal["linear", "gated_mlp"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where an adapter sits: one linear map y = W x of the backbone.
+    """Where an adapter sits: one linear map y = W x of the backbone, or one gated MLP.
 
     Attributes:
         name: the module's path in the backbone, as in `model.layers.0.mlp.up_proj`.
         in_features: width of x.
         out_features: width of y.
+        kind: `linear`, or `gated_mlp` for down_proj(act_fn(gate_proj x) * up_proj x) as a whole.
+        hidden: width between the maps of a gated MLP.
+        layer: number of the transformer layer, from 0.
+        num_layers: how many there are.
+        base: the module itself, for a method that starts from its weight (`smore_cli.nn.adapted.dense_weight`).
     """
 
     name: str
     in_features: int
     out_features: int
+    kind: SiteKind = "linear"
+    hidden: int = 0
+    layer: int = 0
+    num_layers: int = 1
+    base: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def at_depth(self, values: list[T] | T) -> T:
+        """Returns the value for this site's layer: lists are spread over the depth, [2, 4, 6, 8] by quarters."""
+        if not isinstance(values, list):
+            return values
+        return values[self.layer * len(values) // self.num_layers]
 
 
 class MethodConfig(BaseModel):
@@ -50,6 +73,10 @@ class MethodConfig(BaseModel):
     """Link to the paper."""
     routed: ClassVar[bool] = True
     """Whether the update depends on the token (and so has no exact dense form)."""
+    sites: ClassVar[frozenset[SiteKind]] = frozenset({"linear"})
+    """What it can adapt."""
+    starts_as_backbone: ClassVar[bool] = True
+    """Whether a fresh adapter changes nothing at all."""
 
     method: Annotated[str, Field(description="which method; `smore recipe schema` lists the fields of each")]
     target_modules: Annotated[
@@ -59,7 +86,7 @@ class MethodConfig(BaseModel):
 
     @abstractmethod
     def build(self, site: Site) -> Adapter:
-        """Returns the freshly initialised adapter of one linear map (float32)."""
+        """Returns the freshly initialised adapter of one site (float32)."""
 
     @abstractmethod
     def num_parameters(self, site: Site) -> int:

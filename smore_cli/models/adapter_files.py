@@ -205,7 +205,7 @@ def _parameters(model: nn.Module, config: MethodConfig, name: str) -> dict[str, 
         rename(path, key): parameter
         for path, module in adapted_modules(model).items()
         if name in module.adapters
-        for key, parameter in module.adapter_parameters(name)
+        for key, parameter in module.adapter_state(name).items()
     }
 
 

@@ -7,12 +7,12 @@ Dimensions, one letter each, in every comment below this package:
     F   nodes of a tree level                     m   width of a router's hidden state and keys
 """
 
-from smore_cli.nn.adapted import AdaptedLinear, Adapter
+from smore_cli.nn.adapted import AdaptedModule, Adapter
 from smore_cli.nn.attach import adapted_modules, attach, detach, set_active
 from smore_cli.nn.context import AdapterContext, RoutingRecord, checkpoint_contexts, current_context
 
 __all__ = [
-    "AdaptedLinear",
+    "AdaptedModule",
     "Adapter",
     "AdapterContext",
     "RoutingRecord",

@@ -1,21 +1,33 @@
-"""A frozen linear map with adapters beside it: y = W x + b + update(x)."""
+"""A frozen module of the backbone with adapters beside it.
+
+Nearly always that is a linear map, and an adapter adds to what it gives: y = W x + b + update(x). An adapter that must
+do more than add (rescale the weight, wrap a whole feed-forward network) overrides `adapted`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
 
-__all__ = ["AdaptedLinear", "Adapter", "add_projection"]
+__all__ = ["AdaptedModule", "Adapter", "add_projection", "dense_weight"]
 
 
 class Adapter(nn.Module, ABC):
-    """The trainable update of one linear map; its float32 parameters are cast down to the input's dtype, never up."""
+    """The trainable part of one adapted module; its float32 parameters are cast down to the input's dtype, never up.
+
+    Attributes:
+        expert_axes: for parameters that hold one block an expert: the tree level and the dimension along which the
+            experts lie, in order. The gradient census looks at each expert by itself through it.
+    """
+
+    expert_axes: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -26,12 +38,25 @@ class Adapter(nn.Module, ABC):
             y: (..., d_out) its output, in the same dtype.
         """
 
+    def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
+        """Returns what the adapted module gives for x: the base's own output and the update.
 
-class AdaptedLinear(nn.Module):
-    """Stands in a model where a linear map stood, and holds that map unchanged as `base`.
+        Args:
+            x: (..., d_in) input of the base.
+            base: the frozen module.
+        """
+        return cast("Tensor", self(x, base(x)))
+
+    def silent_at_start(self) -> frozenset[str]:
+        """Names of the parameters whose very first gradient is exactly zero, as A's is while B = 0."""
+        return frozenset()
+
+
+class AdaptedModule(nn.Module):
+    """Stands in a model where a linear map (or a gated MLP) stood, and holds it unchanged as `base`.
 
     Attributes:
-        base: the frozen linear map (`nn.Linear`, bitsandbytes' 4-bit linear, transformers' `Conv1D`).
+        base: the frozen module (`nn.Linear`, bitsandbytes' 4-bit linear, transformers' `Conv1D`, a gated MLP).
         adapters: adapters by name.
         active: name of the adapter in use; None: the layer computes exactly what `base` computes.
     """
@@ -54,12 +79,17 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., d_in) to (..., d_out)."""
-        y: Tensor = self.base(x)
-        return y if self.active is None else cast("Tensor", self.adapters[self.active](x, y))
+        if self.active is None:
+            return cast("Tensor", self.base(x))
+        return self.adapter(self.active).adapted(x, self.base)
 
-    def adapter_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields the names and parameters of one adapter."""
-        return self.adapters[name].named_parameters()
+    def adapter(self, name: str) -> Adapter:
+        """Returns one adapter."""
+        return cast("Adapter", self.adapters[name])
+
+    def adapter_state(self, name: str) -> dict[str, Tensor]:
+        """Returns the tensors of one adapter that are saved with it: its parameters and persistent buffers."""
+        return self.adapters[name].state_dict(keep_vars=True)
 
 
 def add_projection(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -76,3 +106,13 @@ def add_projection(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = N
     if bias is not None:
         out = out + bias.to(z.dtype)
     return out.view(y.shape)
+
+
+def dense_weight(base: nn.Module) -> Tensor:
+    """Returns a linear map's weight as (d_out, d_in), a 4-bit one dequantised, GPT-2's `Conv1D` transposed."""
+    weight = cast("Tensor", base.weight)
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, state)
+    return weight.t() if type(base).__name__ == "Conv1D" else weight

@@ -1,8 +1,13 @@
-"""Putting adapters onto a model, switching them, and taking them off again."""
+"""Putting adapters onto a model, switching them, and taking them off again.
+
+A module's path is always that of the bare backbone, whatever stands there now: `model.layers.0.mlp.up_proj` is also
+the name of a linear map that an adapter wraps, or that lies inside a gated MLP that another adapter wraps.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,14 +15,18 @@ from torch import nn
 
 from smore_cli.errors import AdapterError
 from smore_cli.methods import MethodConfig, Site
-from smore_cli.nn.adapted import AdaptedLinear
+from smore_cli.nn.adapted import AdaptedModule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
-__all__ = ["adapted_modules", "attach", "detach", "find_targets", "is_linear", "set_active", "site_of"]
+    from smore_cli.methods import SiteKind
+
+__all__ = ["adapted_modules", "attach", "detach", "find_targets", "is_gated_mlp", "is_linear", "set_active", "sites_of"]
+
+_LAYER = re.compile(r"^(.*?\.)(\d+)(?:\.|$)")
 
 
 def attach(model: nn.Module, config: MethodConfig, *, name: str = "default", seed: int = 0) -> list[str]:
@@ -33,37 +42,44 @@ def attach(model: nn.Module, config: MethodConfig, *, name: str = "default", see
         The paths of the adapted modules.
 
     Raises:
-        AdapterError: the targets match nothing, or only some layers, or the name is taken.
+        AdapterError: the targets match nothing, or only some layers, or the name is taken or unusable.
     """
-    targets = find_targets(model, config.target_modules)
-    if any(name in module.adapters for module in targets.values() if isinstance(module, AdaptedLinear)):
+    if not name or "." in name:
+        raise AdapterError(f"'{name}' cannot be an adapter's name", "use a name without dots")
+    targets = find_targets(model, config.target_modules, config.sites)
+    if any(name in module.adapters for module in targets.values() if isinstance(module, AdaptedModule)):
         raise AdapterError(f"the model already has an adapter named '{name}'", "detach it first, or use another name")
+    sites = sites_of(model, targets)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed every GPU as well
-        for path, module in targets.items():
-            adapted = module if isinstance(module, AdaptedLinear) else _wrap(model, path, module)
-            adapter = config.build(site_of(path, adapted.base))
-            adapted.adapters[name] = adapter.to(adapted.weight.device)
-            adapted.adapters[name].train(adapted.training)
+        adapters = {path: config.build(site) for path, site in sites.items()}
+    places = {place.path: place for place in _walk(model)}
+    for path, adapter in adapters.items():
+        adapted = _adapted(places[path])
+        adapted.adapters[name] = adapter.to(next(adapted.base.parameters()).device)
+        adapted.adapters[name].train(adapted.training)
     set_active(model, name)
     return list(targets)
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
-    """Removes an adapter; modules left without any become the plain linear maps they were.
+    """Removes an adapter; modules left without any become the plain modules they were.
 
     Raises:
         AdapterError: no module has an adapter of that name.
     """
     _require_adapter(model, name)
-    for path, adapted in adapted_modules(model).items():
+    for place in reversed(list(_walk(model))):  # what lies inside another adapted module comes first
+        adapted = place.module
+        if not isinstance(adapted, AdaptedModule):
+            continue
         if name in adapted.adapters:
             del adapted.adapters[name]
         if adapted.active == name:
             adapted.active = None
         if not adapted.adapters:
-            _set_module(model, path, adapted.base)
+            setattr(place.parent, place.attribute, adapted.base)
 
 
 def set_active(model: nn.Module, name: str | None) -> None:
@@ -80,67 +96,99 @@ def set_active(model: nn.Module, name: str | None) -> None:
             adapter.requires_grad_(key == name)
 
 
-def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedModule]:
     """Returns the adapted modules by path, in the model's order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    return {place.path: place.module for place in _walk(model) if isinstance(place.module, AdaptedModule)}
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear map that can be adapted (transformers' Conv1D stores its weight transposed)."""
-    return isinstance(module, nn.Linear | AdaptedLinear) or type(module).__name__ == "Conv1D"
+    module = module.base if isinstance(module, AdaptedModule) else module
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def site_of(path: str, base: nn.Module) -> Site:
-    """Returns where an adapter of the linear map `base` sits."""
-    if isinstance(base, nn.Linear):  # a 4-bit weight is stored packed, so its shape tells nothing
-        return Site(path, base.in_features, base.out_features)
-    d_in, d_out = cast("Tensor", base.weight).shape
-    return Site(path, d_in, d_out)
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module computes down_proj(act_fn(gate_proj(x)) * up_proj(x)), as Llama's and its kin's MLP does."""
+    module = module.base if isinstance(module, AdaptedModule) else module
+    maps = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return all(map is not None and is_linear(map) for map in maps) and hasattr(module, "act_fn")
 
 
-def find_targets(model: nn.Module, target_modules: list[str] | str) -> dict[str, nn.Module]:
-    """Returns the linear maps that `target_modules` names, by path.
+def sites_of(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, Site]:
+    """Returns where adapters of the targets, named by path, would sit."""
+    sites = {}
+    for path, target in targets.items():
+        base = target.base if isinstance(target, AdaptedModule) else target
+        layer, num_layers = 0, 1
+        if match := _LAYER.match(path):
+            layer, num_layers = int(match[2]), len(list(model.get_submodule(match[1].rstrip(".")).children()))
+        if is_linear(base):
+            sites[path] = Site(path, *_widths(base), layer=layer, num_layers=num_layers, base=base)
+            continue
+        d, hidden = _widths(cast("nn.Module", base.gate_proj))
+        sites[path] = Site(path, d, d, "gated_mlp", hidden=hidden, layer=layer, num_layers=num_layers, base=base)
+    return sites
+
+
+def _widths(linear: nn.Module) -> tuple[int, int]:
+    """Returns the width of a linear map's input and output."""
+    linear = linear.base if isinstance(linear, AdaptedModule) else linear
+    if isinstance(linear, nn.Linear):  # a 4-bit weight is stored packed, so its shape tells nothing
+        return linear.in_features, linear.out_features
+    d_in, d_out = cast("Tensor", linear.weight).shape
+    return d_in, d_out
+
+
+def find_targets(
+    model: nn.Module, target_modules: list[str] | str, sites: Iterable[SiteKind] = ("linear",)
+) -> dict[str, nn.Module]:
+    """Returns the modules that `target_modules` names, by path.
 
     A name matches a path's end, as in PEFT: `q_proj` matches `model.layers.0.self_attn.q_proj`. `all-linear` is every
-    linear map but the output embedding.
+    linear map but the output embedding; for a method that adapts whole gated MLPs, these in place of their maps.
+
+    Args:
+        model: with or without adapters.
+        target_modules: names, or 'all-linear'.
+        sites: what the method can adapt.
 
     Raises:
-        AdapterError: a name matches nothing, no linear map, or not in every layer where its siblings stand.
+        AdapterError: a name matches nothing, nothing of these kinds, or not in every layer where its siblings stand.
     """
     head = cast("Any", model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inside = {f"{path}.base" for path in adapted_modules(model)}
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if is_linear(module)
-        and module is not head
-        and path not in inside
-        and not any(path.startswith(f"{outer.removesuffix('base')}adapters.") for outer in inside)
-    }
+    modules = {place.path: place.module for place in _walk(model) if place.module is not head}
+    linears = {path: module for path, module in modules.items() if is_linear(module)}
+    mlps = {path: module for path, module in modules.items() if is_gated_mlp(module)} if "gated_mlp" in sites else {}
+    if "gated_mlp" in sites and not mlps:
+        raise AdapterError("the method adapts gated MLPs, and this model has none", "use a method on linear maps")
+    candidates = {path: module for path, module in modules.items() if path in linears or path in mlps}
     if target_modules == "all-linear":
-        return linears
+        return {path: m for path, m in candidates.items() if not any(path.startswith(f"{mlp}.") for mlp in mlps)}
     names = [target_modules] if isinstance(target_modules, str) else target_modules
-    available = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
-    found: dict[str, nn.Module] = {}
+    available = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in candidates}))
+    found: set[str] = set()
     for target in names:
-        matches = [path for path in linears if path == target or path.endswith(f".{target}")]
+        matches = [path for path in candidates if path == target or path.endswith(f".{target}")]
         if not matches:
-            raise AdapterError(f"target_modules: '{target}' matches no linear map", f"this model has: {available}")
+            kind = "linear map or gated MLP" if mlps else "linear map"
+            raise AdapterError(f"target_modules: '{target}' matches no {kind}", f"this model has: {available}")
         _require_every_layer(model, target, matches)
-        found.update({path: linears[path] for path in matches})
-    return {path: linears[path] for path in linears if path in found}
+        found.update(matches)
+    inside = sorted(path for path in found if any(path.startswith(f"{mlp}.") for mlp in found & mlps.keys()))
+    if inside:
+        raise AdapterError(f"target_modules: {inside[0]} is part of a gated MLP that is adapted as a whole", "drop one")
+    return {path: module for path, module in candidates.items() if path in found}
 
 
 def _require_every_layer(model: nn.Module, target: str, matches: Iterable[str]) -> None:
     """Refuses a target that stands in some layers of a stack only: a silent gap is nearly always a mistake."""
-    layer = re.compile(r"^(.*?\.)(\d+)\.")
     hit: dict[str, set[int]] = {}
     for path in matches:
-        if match := layer.match(path):
+        if match := _LAYER.match(path):
             hit.setdefault(match[1], set()).add(int(match[2]))
     for stack, layers in hit.items():
         total = len(list(model.get_submodule(stack.rstrip(".")).children()))
-        explicit = layer.match(f"{target}.") is not None
+        explicit = _LAYER.match(target) is not None
         if len(layers) < total and not explicit:
             missing = sorted(set(range(total)) - layers)
             raise AdapterError(
@@ -155,13 +203,37 @@ def _require_adapter(model: nn.Module, name: str) -> None:
         raise AdapterError(f"the model has no adapter named '{name}'", f"it has: {', '.join(known) or 'none'}")
 
 
-def _wrap(model: nn.Module, path: str, base: nn.Module) -> AdaptedLinear:
-    adapted = AdaptedLinear(base)
-    adapted.train(base.training)
-    _set_module(model, path, adapted)
+@dataclass(frozen=True)
+class _Place:
+    """Where a module stands: its path in the bare backbone, and the attribute that holds it."""
+
+    path: str
+    module: nn.Module
+    parent: nn.Module
+    attribute: str
+
+
+def _walk(model: nn.Module) -> Iterator[_Place]:
+    """Yields every module inside a model once, adapters and their inner parts left out."""
+    seen: set[int] = set()
+
+    def visit(parent: nn.Module, prefix: str) -> Iterator[_Place]:
+        for attribute, module in parent.named_children():
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            path = f"{prefix}{attribute}"
+            yield _Place(path, module, parent, attribute)
+            yield from visit(module.base if isinstance(module, AdaptedModule) else module, f"{path}.")
+
+    yield from visit(model, "")
+
+
+def _adapted(place: _Place) -> AdaptedModule:
+    """Returns the adapted module at a place, made there if it is still the plain one."""
+    if isinstance(place.module, AdaptedModule):
+        return place.module
+    adapted = AdaptedModule(place.module)
+    adapted.train(place.module.training)
+    setattr(place.parent, place.attribute, adapted)
     return adapted
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

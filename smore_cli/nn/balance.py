@@ -1,18 +1,21 @@
 """Auxiliary losses that keep a router from sending everything to few experts.
 
 Each is a function of sums over real tokens, so that it can be evaluated on a whole step however the step was split
-(see `context.py`). All take sums (..., k, s) and give (...).
+(see `context.py`). All take sums (..., k, s) and give (...), or one number where they look at all routers together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from smore_cli.nn.context import AdapterContext
+    from smore_cli.nn.router import Routing
 
 __all__ = ["ImportanceLoadLoss", "SwitchBalanceLoss", "masked_sum"]
 
@@ -22,18 +25,36 @@ class SwitchBalanceLoss:
     """coefficient * s * sum_n fraction_n * probability_n (Switch Transformer eq. 4-6, for any number of picks).
 
     fraction_n is how often expert n was picked, probability_n its mean probability, both per routing decision.
-    Fractions sum to f, so a uniform router gives coefficient * f.
 
     Sums: row 0 picks, row 1 probabilities, row 2 the number of decisions in every column.
+
+    Attributes:
+        coefficient: weight of the loss.
+        fractions: per_decision: they sum to the number f of picks, so a uniform router gives coefficient * f;
+            per_pick: they sum to 1, so it gives coefficient; gate_mass: the mean gate, differentiable, in place of hard
+            counts (DynMoLE).
     """
 
     coefficient: float
+    fractions: Literal["per_decision", "per_pick", "gate_mass"] = "per_decision"
+
+    def sums(self, routing: Routing, context: AdapterContext) -> Tensor:
+        """Returns (3, s)."""
+        probabilities, picked = routing.probabilities, routing.picked
+        if self.fractions == "gate_mass":
+            picks = routing.gates
+        else:
+            picks = torch.ones_like(probabilities) if picked is None else picked.to(probabilities.dtype)
+        mask = context.flat_mask(len(probabilities), probabilities.device)
+        rows = (picks, probabilities, torch.ones_like(probabilities))
+        return torch.stack([masked_sum(row, mask) for row in rows])
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Maps (..., 3, s) to (...); 0 where no decision was counted."""
         picks, probabilities, decisions = sums.unbind(-2)
         decisions = decisions.clamp_min(1)
-        balance = (picks / decisions * (probabilities / decisions)).sum(-1)
+        per = picks.sum(-1, keepdim=True).clamp_min(1) if self.fractions == "per_pick" else decisions
+        balance = (picks / per * (probabilities / decisions)).sum(-1)
         return self.coefficient * sums.shape[-1] * balance
 
 
@@ -45,6 +66,12 @@ class ImportanceLoadLoss:
     """
 
     coefficient: float
+
+    def sums(self, routing: Routing, context: AdapterContext) -> Tensor:
+        """Returns (2, s)."""
+        mask = context.flat_mask(len(routing.gates), routing.gates.device)
+        load = routing.gates > 0 if routing.smooth_load is None else routing.smooth_load
+        return torch.stack([masked_sum(row, mask) for row in (routing.gates, load.to(routing.gates.dtype))])
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Maps (..., 2, s) to (...); 0 for a single expert."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -27,14 +27,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["AdapterContext", "AuxLoss", "RoutingRecord", "RoutingTrace", "checkpoint_contexts", "current_context"]
+__all__ = [
+    "AdapterContext",
+    "AuxLoss",
+    "ExpertLoad",
+    "RoutingRecord",
+    "RoutingTrace",
+    "checkpoint_contexts",
+    "current_context",
+]
 
 
 class AuxLoss(Protocol):
     """A loss on sums over tokens; equal losses compare and hash equal, so that they are evaluated together."""
 
     def __call__(self, sums: Tensor) -> Tensor:
-        """Maps sums (..., k, s) to losses (...)."""
+        """Maps the sums (R, k, s) of all R routers that have this loss to their losses, (R,) or one number."""
         ...
 
     def __hash__(self) -> int: ...
@@ -42,20 +50,33 @@ class AuxLoss(Protocol):
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """The balance statistics of one router (one level of it) in one forward pass.
+    """What one auxiliary loss needs to know of one router (one level of it) in one forward pass.
 
     Attributes:
         owner: the adapter the router belongs to.
         level: tree level, 0 = leaves.
         sums: (k, s) sums over real tokens, differentiable, at least float32.
         loss: the auxiliary loss of these sums.
-        load: (s,) how often each expert was picked; detached.
     """
 
     owner: nn.Module
     level: int
     sums: Tensor
     loss: AuxLoss
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How busy one router (one level of it) kept its experts in one forward pass.
+
+    Attributes:
+        owner: the adapter the router belongs to.
+        level: tree level, 0 = leaves.
+        load: (s,) how often each expert was picked, or for a dense router the gate mass it got; real tokens, detached.
+    """
+
+    owner: nn.Module
+    level: int
     load: Tensor
 
 
@@ -84,13 +105,21 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
         token_mask: (B, S), true or non-zero on real tokens; None: every token is real.
         aux: whether routers add to `records` (training) or not (evaluation).
         observe: called with the `RoutingTrace` of every router, for inspection.
-        records: what the routers added, in the order of the forward pass.
+        records: what the auxiliary losses need, in the order of the forward pass.
+        loads: how busy the experts were, in the same order; filled where `aux` is on.
+        groups: (B,) the group each row belongs to, for losses that know of groups (LoRAMoE).
+        prior: (B, K) what is known of each row before its tokens are routed (T-REX).
+        prompt_mask: (B, S), true on the tokens a row's prior is computed from; None: all real tokens.
     """
 
     token_mask: Tensor | None = None
     aux: bool = True
     observe: Callable[[RoutingTrace], None] | None = None
     records: list[RoutingRecord] = field(default_factory=list)
+    loads: list[ExpertLoad] = field(default_factory=list)
+    groups: Tensor | None = None
+    prior: Tensor | None = None
+    prompt_mask: Tensor | None = None
     _tokens: list[Token[AdapterContext | None]] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> AdapterContext:
@@ -145,7 +174,8 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[object], AbstractConte
     """The `context_fn` of `torch.utils.checkpoint`: contexts for the forward pass and for its recomputation.
 
     The recomputation runs when the `with` block has long ended, maybe in another thread, and must not record twice: it
-    gets the same mask and a record list of its own that is thrown away.
+    gets the same inputs and record lists of its own that are thrown away.
     """
     context = current_context() or AdapterContext(aux=False)  # a backward pass may run inside another pass's context
-    return nullcontext(), AdapterContext(token_mask=context.token_mask, aux=context.aux)
+    again = replace(context, observe=None, records=[], loads=[], _tokens=[])
+    return nullcontext(), again

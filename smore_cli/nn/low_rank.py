@@ -41,6 +41,10 @@ class LowRank(Adapter):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
+    def silent_at_start(self) -> frozenset[str]:
+        """While B = 0, A has no gradient."""
+        return frozenset({"lora_A"})
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns y + scale * B A x; see `Adapter.forward`."""
         rows = x.reshape(-1, x.shape[-1])  # (N, d_in)

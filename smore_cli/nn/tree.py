@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smore_cli.nn.adapted import Adapter, add_projection
-from smore_cli.nn.context import current_context
 from smore_cli.nn.tree_router import Activation, Picks, TreeRouter, activation_module
 
 if TYPE_CHECKING:
@@ -82,6 +81,7 @@ class Tree(Adapter):
         self.p = nn.Parameter(torch.empty(d_out))
         self.act = nn.ModuleList(activation_module(activation) for _ in rank)
         self.router = router
+        self.expert_axes = {f"{name}.{l}": (l, 0) for l in pools if not shared_pool for name in "AaBb"}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -103,6 +103,13 @@ class Tree(Adapter):
         if self.init == "eq_1_layer":
             self._select_blocks()
 
+    def silent_at_start(self) -> frozenset[str]:
+        """What the initial zeros cut off from the loss; `normal` has none."""
+        names = [name for name, _ in self.named_parameters()]
+        if self.init in ("w_final_zero", "eq_1_layer"):  # P = 0: only P and p, and routers by their own loss
+            return frozenset(name for name in names if name not in ("P", "p") and not name.startswith("router."))
+        return frozenset()
+
     def _select_blocks(self) -> None:
         """B and W as selectors: with identity activation the tree is then one layer of LoRA experts."""
         with torch.no_grad():
@@ -118,7 +125,7 @@ class Tree(Adapter):
         rows = x.reshape(-1, x.shape[-1])  # (N, d_in)
         latents, x_down = self._down(rows)
         with torch.autocast(x.device.type, enabled=False):  # routing and its statistics stay in float32
-            picks = self.router(x_down, self, current_context())
+            picks = self.router(x_down, self)
         return add_projection(y, self._propagate(latents, picks), self.P, self.p)
 
     def _down(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -13,18 +13,20 @@ pass is deterministic on every device).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smore_cli.nn.balance import ImportanceLoadLoss, SwitchBalanceLoss, masked_sum
-from smore_cli.nn.context import AdapterContext, RoutingRecord, RoutingTrace
+from smore_cli.nn.balance import ImportanceLoadLoss, SwitchBalanceLoss
+from smore_cli.nn.router import Routing, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from smore_cli.nn.router import RouterLoss
 
 __all__ = ["Activation", "Gate", "GateWeights", "Picks", "TreeRouter", "activation_module"]
 
@@ -154,13 +156,12 @@ class TreeRouter(nn.Module):
             for level, s in enumerate(num_experts)
         )
 
-    def forward(self, x_down: Tensor, owner: nn.Module, context: AdapterContext | None) -> list[Picks]:
+    def forward(self, x_down: Tensor, owner: nn.Module) -> list[Picks]:
         """Returns the picks of every level, index 0 = leaves.
 
         Args:
             x_down: (N, d_down) the token's part of the router input, D x + delta; at least float32.
             owner: the adapter, named in the routing records.
-            context: receives balance statistics and traces.
         """
         width = x_down.shape[1]
         # What is known of u's products so far, for each level not routed yet: (N, F, m + s or m).
@@ -174,7 +175,7 @@ class TreeRouter(nn.Module):
             if self.score == "cosine":
                 query = F.normalize(query, dim=-1)
             logits = query @ keys.t()  # (N, F, s)
-            picked = self._pick(l, logits, noise_scale, owner, context)
+            picked = self._pick(l, logits, noise_scale, owner)
             picks.insert(0, picked)
             for below in range(l):
                 table = keys @ self._levels()[below].input_weight()[:, column : column + keys.shape[1]].t()  # (s, ...)
@@ -189,9 +190,7 @@ class TreeRouter(nn.Module):
     def _levels(self) -> list[LevelRouter]:
         return cast("list[LevelRouter]", list(self.levels))
 
-    def _pick(
-        self, l: int, logits: Tensor, noise_scale: Tensor | None, owner: nn.Module, context: AdapterContext | None
-    ) -> Picks:
+    def _pick(self, l: int, logits: Tensor, noise_scale: Tensor | None, owner: nn.Module) -> Picks:
         """Turns the logits (N, F, s) of level l into picks, and records what the balance loss needs."""
         f = self.fanout[l]
         noisy = logits
@@ -199,22 +198,19 @@ class TreeRouter(nn.Module):
             noisy = logits + self.draw_noise(logits) * noise_scale
         if self.gate == "dense":
             picked = Picks(None, torch.softmax(logits, -1))
-            self._report(l, picked, picked.weights, None, owner, context)
+            report(Routing(logits, picked.weights, picked.weights), owner, level=l)
             return picked
         values, ids = noisy.topk(f, dim=-1)
         one_hot = F.one_hot(ids, logits.shape[-1]).to(logits.dtype)
         probabilities = torch.softmax(noisy, -1)
         picked = Picks(one_hot, self._weights(values, probabilities, ids))
-        record: tuple[list[Tensor], SwitchBalanceLoss | ImportanceLoadLoss]
-        if noise_scale is None:
-            record = (
-                [one_hot.sum(2), probabilities, torch.ones_like(probabilities)],
-                SwitchBalanceLoss(self.aux_coefficient),
-            )
-        else:
-            load = _smooth_load(logits, noisy, noise_scale, f) if self.training else (picked.gates > 0).to(logits)
-            record = [picked.gates, load], ImportanceLoadLoss(self.aux_coefficient)
-        self._report(l, picked, probabilities, record, owner, context)
+        routing = Routing(noisy, probabilities, picked.gates, one_hot.sum(2))
+        loss: RouterLoss = SwitchBalanceLoss(self.aux_coefficient)
+        if noise_scale is not None:
+            loss = ImportanceLoadLoss(self.aux_coefficient)
+            if self.training:
+                routing = replace(routing, smooth_load=_smooth_load(logits, noisy, noise_scale, f))
+        report(routing, owner, [loss], level=l)
         return picked
 
     def _weights(self, values: Tensor, probabilities: Tensor, ids: Tensor) -> Tensor:
@@ -225,28 +221,6 @@ class TreeRouter(nn.Module):
             return torch.softmax(values, -1)
         # A single child, as released: the probability itself for switch, the raw noisy score for noisy_topk.
         return probabilities.gather(-1, ids) if self.gate == "switch" else values
-
-    def _report(
-        self,
-        level: int,
-        picked: Picks,
-        probabilities: Tensor,
-        record: tuple[list[Tensor], SwitchBalanceLoss | ImportanceLoadLoss] | None,
-        owner: nn.Module,
-        context: AdapterContext | None,
-    ) -> None:
-        """Adds sums over real tokens to the context, and shows it the routing where it asks for it."""
-        if context is None:
-            return
-        if context.observe is not None:
-            with torch.no_grad():  # saved tensors would differ from those of a checkpoint's recomputation
-                context.observe(RoutingTrace(owner, level, probabilities.detach(), picked.gates.detach()))
-        if context.aux and record is not None and picked.one_hot is not None:
-            values, loss = record
-            mask = context.flat_mask(len(probabilities), probabilities.device)
-            sums = torch.stack([masked_sum(row, mask) for row in values])
-            load = masked_sum(picked.one_hot.sum(2), mask)  # a noisy gate's own sums are weights, maybe negative
-            context.records.append(RoutingRecord(owner, level, sums, loss, load))
 
 
 def _smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, f: int) -> Tensor:

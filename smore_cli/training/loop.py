@@ -314,6 +314,6 @@ class Window:
         values["tokens_per_second"] = round(tokens / max(elapsed, 1e-9), 1)
         values["seconds"] = round(state.seconds, 2)
         values["tokens"], values["supervised_tokens"] = state.tokens, state.supervised_tokens
-        if routing := routing_summary(results[-1].records):
+        if routing := routing_summary(results[-1].loads):
             values["routing"] = routing
         return values

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from smore_cli.nn import RoutingRecord
+    from smore_cli.nn.context import ExpertLoad
 
 __all__ = ["routing_summary"]
 
 
-def routing_summary(records: Sequence[RoutingRecord]) -> dict[str, dict[str, float | list[float]]]:
+def routing_summary(loads: Sequence[ExpertLoad]) -> dict[str, dict[str, float | list[float]]]:
     """Summarises the load of one forward pass, by tree level.
 
     Returns:
@@ -29,11 +29,11 @@ def routing_summary(records: Sequence[RoutingRecord]) -> dict[str, dict[str, flo
         router; and `effective_experts`, the mean over routers of exp(entropy of the load), between 1 and s.
     """
     levels: dict[int, list[Tensor]] = defaultdict(list)
-    for record in records:
-        levels[record.level].append(record.load)
+    for each in loads:
+        levels[each.level].append(each.load)
     summary: dict[str, dict[str, float | list[float]]] = {}
-    for level, loads in sorted(levels.items()):
-        share = torch.stack(loads).float()
+    for level, rows in sorted(levels.items()):
+        share = torch.stack(rows).float()
         share = share / share.sum(-1, keepdim=True).clamp_min(1e-20)  # (routers, s)
         entropy = -torch.xlogy(share, share).sum(-1)
         summary[str(level)] = {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from smore_cli.data.batch import Batch
-    from smore_cli.nn import RoutingRecord
+    from smore_cli.nn.context import ExpertLoad
 
 __all__ = ["StepResult", "accumulate_gradients"]
 
@@ -33,7 +33,7 @@ class StepResult:
         aux: scalar, the step's auxiliary loss.
         counts: supervised tokens and questions.
         tokens: real tokens that went through the backbone.
-        records: routing records of the last pass (all passes see the same routers in the same order).
+        loads: how busy the experts were in the last pass (all passes see the same routers in the same order).
     """
 
     loss: Tensor
@@ -42,7 +42,7 @@ class StepResult:
     aux: Tensor
     counts: Counts
     tokens: int
-    records: list[RoutingRecord]
+    loads: list[ExpertLoad]
 
 
 def accumulate_gradients(
@@ -71,7 +71,7 @@ def accumulate_gradients(
     totals = _statistics(model, batches, device) if several and aux_over_step else None
     zero = torch.zeros((), device=device)
     loss, nll, correct, aux = zero, zero, zero, zero
-    records: list[RoutingRecord] = []
+    loads: list[ExpertLoad] = []
     for batch in batches:
         batch = batch.to(device)
         with AdapterContext(token_mask=batch.token_mask) as context:
@@ -83,9 +83,9 @@ def accumulate_gradients(
         loss, nll, correct = loss + share.loss.detach(), nll + share.nll, correct + share.correct
         # With totals every pass reports the loss of the whole step; otherwise passes add up.
         aux = pass_aux.detach() if totals is not None else aux + pass_aux.detach()
-        records = context.records
+        loads = context.loads
     tokens = sum(int(batch.token_mask.sum()) for batch in batches)
-    return StepResult(loss, nll, correct, aux, counts, tokens, records)
+    return StepResult(loss, nll, correct, aux, counts, tokens, loads)
 
 
 @torch.no_grad()

@@ -75,10 +75,10 @@ def test_merging_into_a_tied_head_leaves_the_embedding_alone(tmp_path: Path) -> 
 
 
 def _adapted_head(model: Any) -> Any:
-    from smore_cli.nn import AdaptedLinear
+    from smore_cli.nn import AdaptedModule
     from smore_cli.nn.low_rank import LowRank
 
-    head = AdaptedLinear(model.lm_head)
+    head = AdaptedModule(model.lm_head)
     head.adapters["default"] = LowRank(16, 64, rank=2, scale=1.0)
     torch.nn.init.normal_(head.adapters["default"].lora_B)
     head.active = "default"

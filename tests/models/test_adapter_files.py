@@ -101,7 +101,7 @@ def test_tensor_names_are_paths_and_parameters(model: Any, tmp_path: Path) -> No
     save_adapter(model, TREE, tmp_path / "tree", base=BASE)
     names = load_file(tmp_path / "tree" / WEIGHTS_FILE).keys()
     path = "model.layers.0.self_attn.q_proj"
-    expected = {f"{path}.{name}" for name, _ in adapted_modules(model)[path].adapter_parameters("default")}
+    expected = {f"{path}.{name}" for name in adapted_modules(model)[path].adapter_state("default")}
     assert expected <= names
     assert len(names) == len(adapted_modules(model)) * len(expected)
 

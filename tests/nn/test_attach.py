@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from smore_cli.errors import AdapterError
 from smore_cli.methods.lora import LoRAConfig
-from smore_cli.nn import AdaptedLinear, adapted_modules, attach, detach, set_active
+from smore_cli.nn import AdaptedModule, adapted_modules, attach, detach, set_active
 from smore_cli.nn.attach import find_targets
 from tests.nn.models import add_random, llama, logits, small_smore, token_ids
 
@@ -197,9 +197,9 @@ def test_detaching_the_last_adapter_restores_the_very_same_modules() -> None:
 
 def test_an_adapted_module_shows_the_weight_and_bias_of_its_base() -> None:
     base = nn.Linear(3, 4)
-    adapted = AdaptedLinear(base)
+    adapted = AdaptedModule(base)
     assert adapted.weight is base.weight and adapted.bias is base.bias
-    assert AdaptedLinear(nn.Linear(3, 4, bias=False)).bias is None
+    assert AdaptedModule(nn.Linear(3, 4, bias=False)).bias is None
 
 
 # Seeds.

@@ -195,10 +195,11 @@ def test_the_load_of_a_record_counts_the_picks_of_real_tokens(gate: str, trainin
     tree = random_tree(gate=gate, **TWO | {"fanout": [2, fanout]}).train(training)
     with AdapterContext(token_mask=torch.tensor([1, 1, 0, 1, 0])) as context:
         _, picks = with_picks(tree, rows(5, 6))
-    for record in context.records:
-        ids = picks[record.level].ids[[0, 1, 3]].flatten()
-        assert record.load.tolist() == torch.bincount(ids, minlength=4).tolist()
-        assert not record.load.requires_grad
+    assert len(context.loads) == 2
+    for each in context.loads:
+        ids = picks[each.level].ids[[0, 1, 3]].flatten()
+        assert each.load.tolist() == torch.bincount(ids, minlength=4).tolist()
+        assert not each.load.requires_grad
 
 
 def test_a_mask_of_the_wrong_size_is_refused() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from smore_cli.nn import AdaptedLinear, Adapter
+from smore_cli.nn import AdaptedModule, Adapter
 from smore_cli.nn.context import RoutingTrace
 from smore_cli.routing import RouterStatistics
 
@@ -26,7 +26,7 @@ def owners(*names: str) -> tuple[nn.Module, list[nn.Module]]:
     """Returns a model with an adapted linear map of each name, and their adapters."""
     model = nn.Module()
     for name in names:
-        linear = AdaptedLinear(nn.Linear(2, 2))
+        linear = AdaptedModule(nn.Linear(2, 2))
         linear.adapters["default"] = Bare()
         linear.active = "default"
         model.add_module(name, linear)

@@ -1,0 +1,108 @@
+"""The one equation of the flat methods: two matrix products, and a small core between them in rank space.
+
+y = W x + b + scale * B core(A x, g)          g = router(x), or router(A x)
+
+A (R_a, d_in): the down vectors of all experts, stacked.  B (d_out, R_b): their up vectors, stacked.
+
+x --A--> latent (R_a) --core(., g)--> (R_b) --B--> + y      no loop over experts, no gather: top-k is a mask on g
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smore_cli.nn.adapted import Adapter, add_projection
+from smore_cli.nn.router import report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from smore_cli.nn.router import Router, RouterLoss, Routing
+
+__all__ = ["BLOCK_EXPERTS", "Bank", "block"]
+
+BLOCK_EXPERTS = {"A": (0, 0), "B": (0, 1)}
+"""`expert_axes` of a bank whose experts have rows of A and columns of B to themselves."""
+
+
+def block(latent: Tensor, gates: Tensor) -> Tensor:
+    """Block core, z = [g_1 h_1; ...; g_s h_s]: every expert has its own rows of A and columns of B.
+
+    Args:
+        latent: (N, s r), expert by expert.
+        gates: (N, 1, s).
+
+    Returns:
+        (N, s r).
+    """
+    s = gates.shape[-1]
+    return (latent.view(len(latent), s, -1) * gates.transpose(1, 2)).flatten(1)  # (N, s, r) * (N, s, 1)
+
+
+class Bank(Adapter):
+    """Stacked low-rank experts under one router; zero at initialisation because B = 0.
+
+    Attributes:
+        A: (R_a, d_in).
+        B: (d_out, R_b).
+        router: makes the gates; None: the core is given none.
+        core: maps the latent (N, R_a) and the gates (N, G, s) to (N, R_b); a module where it has parameters.
+        scale: multiplies the latent, never the wide output.
+        dropout: on the input of A, while training; a router on x sees x without it.
+        losses: auxiliary losses of the router.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        down: int,
+        up: int,
+        router: Router,
+        core: Callable[[Tensor, Tensor], Tensor] = block,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        losses: Sequence[RouterLoss] = (),
+        router_input: Literal["input", "latent"] = "input",
+        expert_axes: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(down, d_in))
+        self.B = nn.Parameter(torch.empty(d_out, up))
+        self.router, self.core = router, core
+        self.scale, self.dropout, self.losses = scale, dropout, tuple(losses)
+        self.router_input = router_input
+        self.expert_axes = expert_axes or {}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A as `nn.Linear` initialises, B = 0 (LoRA, section 4.1)."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns y + scale * B core(A x, g); see `Adapter.forward`."""
+        rows = x.reshape(-1, x.shape[-1])  # (N, d_in)
+        dropped = F.dropout(rows, self.dropout, self.training) if self.dropout > 0 else rows
+        latent = F.linear(dropped, self.A.to(x.dtype))  # (N, R_a)
+        routing: Routing = self.router(rows if self.router_input == "input" else latent)
+        routing = replace(routing, latent=latent, owner=self)
+        report(routing, self, self.losses)
+        mixed = self.mix(latent, routing)  # (N, R_b)
+        return add_projection(y, mixed * self.scale, self.B)
+
+    def mix(self, latent: Tensor, routing: Routing) -> Tensor:
+        """Returns core(latent, gates), (N, R_b), in the latent's dtype."""
+        return self.core(latent, routing.gates.to(latent.dtype))
+
+    def silent_at_start(self) -> frozenset[str]:
+        """While B = 0 only B has a gradient, and the router where a loss of its own reaches it."""
+        reached = {"B"} | {name for name, _ in self.named_parameters() if self.losses and name.startswith("router.")}
+        return frozenset(name for name, _ in self.named_parameters() if name not in reached)
