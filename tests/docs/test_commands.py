@@ -155,6 +155,8 @@ def test_everything_a_page_shows_works(
             if "file" in block.notes:
                 (tmp_path / block.notes["file"]).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
+            if "file" in block.notes:
+                (tmp_path / block.notes["file"]).write_text(block.text, encoding="utf-8")
             run([sys.executable, "-c", block.text], tmp_path)
         else:
             assert block.language == "text", f"{page.name}: a block in {block.language!r}, which no test runs"
