@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from smore_cli.nn.selection import TopK
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from smore_cli.nn.context import AdapterContext
-    from smore_cli.nn.router import Routing
+    from smore_cli.nn.router import RouterLoss, Routing
 
-__all__ = ["ImportanceLoadLoss", "SwitchBalanceLoss", "masked_sum"]
+__all__ = ["AcrossRouters", "ImportanceLoadLoss", "SwitchBalanceLoss", "masked_sum"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,17 @@ class SwitchBalanceLoss:
         fractions: per_decision: they sum to the number f of picks, so a uniform router gives coefficient * f;
             per_pick: they sum to 1, so it gives coefficient; gate_mass: the mean gate, differentiable, in place of hard
             counts (DynMoLE).
+        top_k: the hard counts are of so many most probable experts, whatever was picked; None: of what was picked.
     """
 
     coefficient: float
     fractions: Literal["per_decision", "per_pick", "gate_mass"] = "per_decision"
+    top_k: int | None = None
 
     def sums(self, routing: Routing, context: AdapterContext) -> Tensor:
         """Returns (3, s)."""
-        probabilities, picked = routing.probabilities, routing.picked
+        probabilities = routing.probabilities
+        picked = routing.picked if self.top_k is None else TopK(self.top_k).mask(probabilities)
         if self.fractions == "gate_mass":
             picks = routing.gates
         else:
@@ -56,6 +61,30 @@ class SwitchBalanceLoss:
         per = picks.sum(-1, keepdim=True).clamp_min(1) if self.fractions == "per_pick" else decisions
         balance = (picks / per * (probabilities / decisions)).sum(-1)
         return self.coefficient * sums.shape[-1] * balance
+
+
+@dataclass(frozen=True)
+class AcrossRouters:
+    """Puts all routers of a loss together; without it, the losses of single routers are added up.
+
+    Routers with different numbers of experts are kept apart: their sums do not fit together.
+
+    Attributes:
+        loss: the loss of one router.
+        reduction: mean: of the routers' losses; pooled: one loss of the sums over all routers, as if they were one.
+            A pooled balance hides collapse: two routers that each use one expert, not the same, look balanced.
+    """
+
+    loss: RouterLoss
+    reduction: Literal["mean", "pooled"] = "mean"
+
+    def sums(self, routing: Routing, context: AdapterContext) -> Tensor:
+        """Returns the sums of the loss of one router."""
+        return self.loss.sums(routing, context)
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Maps (R, k, c), the sums of R routers, to one number."""
+        return self.loss(sums).mean() if self.reduction == "mean" else self.loss(sums.sum(0))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """From probabilities to gates: which experts are picked, and what weight each has.
 
 A selector maps probabilities (..., s) to gates (..., s), 0 where an expert is not picked, and to the mask of the picked
-ones (None: all). Picking is not differentiated; gradients flow through the probabilities of what was picked.
+ones (None: all). Picking is not differentiated; gradients flow through the probabilities of what was picked. Of experts
+with equal probability the first goes first, on every device, so that a token's picks never depend on its batch.
 """
 
 from __future__ import annotations
@@ -49,19 +50,23 @@ class TopK:
 
     def __call__(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Returns gates and mask."""
-        best = probabilities.topk(self.k, dim=-1).indices
-        picked = torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, best, True)
+        picked = self.mask(probabilities)
         return gated(probabilities, picked, self.renormalise), picked
+
+    def mask(self, probabilities: Tensor) -> Tensor:
+        """Returns which experts are picked, (..., s) bool."""
+        best = probabilities.detach().sort(dim=-1, descending=True, stable=True).indices[..., : self.k]
+        return torch.zeros_like(probabilities, dtype=torch.bool).scatter_(-1, best, True)
 
 
 @dataclass(frozen=True)
 class TopP:
-    """The shortest list of most probable experts that reaches the mass p, at least `min_k` of them.
+    """The shortest list of most probable experts whose mass exceeds p, at least `min_k` of them.
 
     Attributes:
         p: the mass, 0..1.
         min_k: how many are picked at least.
-        crossing: whether the expert whose probability crosses p is picked (as in nucleus sampling) or not.
+        crossing: whether the expert with which the mass exceeds p is picked (as in nucleus sampling) or left out.
         renormalise: whether the gates are divided by their sum.
     """
 
@@ -77,8 +82,11 @@ class TopP:
 
     def mask(self, probabilities: Tensor) -> Tensor:
         """Returns which experts are picked, (..., s) bool."""
-        ordered, order = probabilities.detach().sort(dim=-1, descending=True)
+        ordered, order = probabilities.detach().sort(dim=-1, descending=True, stable=True)
         reached = ordered.cumsum(-1)
-        keep = (reached - ordered) < self.p if self.crossing else reached <= self.p
+        below = reached <= self.p
+        if self.crossing:  # one more than what stays below: the first always, and each after one that is kept
+            below = torch.cat([torch.ones_like(below[..., :1]), below[..., :-1]], -1)
+        keep = below | (self.p >= 1)  # the whole mass leaves nobody out, but rounding may put its sum above 1
         keep[..., : self.min_k] = True
         return torch.zeros_like(keep).scatter_(-1, order, keep)

@@ -69,6 +69,14 @@ def test_every_method_says_what_it_is_and_builds_with_its_defaults(name: str) ->
     assert described >= set(config_class.model_fields) - {"method"}
 
 
+def test_a_list_is_spread_over_the_depth() -> None:
+    layers = [Site("x", 2, 2, layer=layer, num_layers=8) for layer in range(8)]
+    assert [site.at_depth([2, 4, 6, 8]) for site in layers] == [2, 2, 4, 4, 6, 6, 8, 8]
+    assert [site.at_depth([1, 2, 3]) for site in layers] == [1, 1, 1, 2, 2, 2, 3, 3]
+    assert {site.at_depth(5) for site in layers} == {5}
+    assert [Site("x", 2, 2, layer=layer, num_layers=2).at_depth([2, 4, 6, 8]) for layer in range(2)] == [2, 6]
+
+
 @pytest.mark.parametrize(("typo", "meant"), [("smor", "smore"), ("lorra", "lora"), ("SMORE", None), ("zzz", None)])
 def test_an_unknown_method_names_the_nearest_one(typo: str, meant: str | None) -> None:
     with pytest.raises(UsageError, match=f"unknown method '{typo}'") as caught:
