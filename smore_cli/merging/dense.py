@@ -1,4 +1,7 @@
-"""LoRA folded into the weights it stands beside: W + scale * B A, exact but for one rounding to W's own type."""
+"""LoRA folded into the weights it stands beside, exact but for one rounding to W's own type.
+
+LoRA: W + s B A.  DoRA: m (W + s B A) / ||W + s B A||, row by row.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import nn
 
 from smore_cli.errors import UsageError
 from smore_cli.nn import AdaptedModule, adapted_modules, detach
+from smore_cli.nn.adapted import dense_weight
 from smore_cli.nn.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -18,9 +22,9 @@ __all__ = ["merge_lora"]
 
 
 def merge_lora(model: PreTrainedModel, name: str = "default") -> int:
-    """Adds a LoRA adapter to the dense weights of its backbone, in place, and takes it off.
+    """Folds a LoRA or DoRA adapter into the dense weights of its backbone, in place, and takes it off.
 
-    The sum is formed in float64 and rounded once, so what differs afterwards is the rounding of the weights alone.
+    The weight is formed in float64 and rounded once, so what differs afterwards is the rounding of the weights alone.
 
     Args:
         model: with the adapter attached; not quantised.
@@ -40,18 +44,17 @@ def merge_lora(model: PreTrainedModel, name: str = "default") -> int:
             raise UsageError(f"{path}: its weight is quantised, and an update added to it would be rounded away")
     for module in adapted.values():
         _untie(model, module)
-        _add(module, cast("LowRank", module.adapters[name]))
+        _merge(module, cast("LowRank", module.adapters[name]))
     detach(model, name)
     return len(adapted)
 
 
 @torch.no_grad()
-def _add(module: AdaptedModule, adapter: LowRank) -> None:
-    weight = module.weight
-    update = adapter.scale * (adapter.lora_B.double() @ adapter.lora_A.double())  # (d_out, d_in)
+def _merge(module: AdaptedModule, adapter: LowRank) -> None:
+    merged = adapter.merged_weight(dense_weight(module.base))  # (d_out, d_in), float64
     if type(module.base).__name__ == "Conv1D":  # GPT-2's linear map holds its weight as (d_in, d_out)
-        update = update.t()
-    weight.copy_((weight.double() + update).to(weight.dtype))
+        merged = merged.t()
+    module.weight.copy_(merged.to(module.weight.dtype))
 
 
 def _untie(model: PreTrainedModel, module: AdaptedModule) -> None:

@@ -1,4 +1,4 @@
-"""Plain LoRA in PEFT's own format: config, tensor names, and which PEFT features cannot be read.
+"""LoRA, rsLoRA and DoRA in PEFT's own format: config, tensor names, and which PEFT features cannot be read.
 
 PEFT's many kinds of LoRA share one config class whose defaults mean "not used". What is not known here and is set is
 refused by name: an adapter must never load as something it is not.
@@ -6,7 +6,6 @@ refused by name: an adapter must never load as something it is not.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.errors import AdapterError
@@ -17,17 +16,20 @@ if TYPE_CHECKING:
     from smore_cli.methods.lora import LoRAConfig
     from smore_cli.recipe.schema import ModelConfig
 
-__all__ = ["from_peft", "is_peft", "peft_name", "to_peft"]
+__all__ = ["CONVERTED", "from_peft", "is_peft", "peft_name", "short_names", "to_peft"]
+
+CONVERTED = {"HIER_MOE": "smore", "MIXLORA": "mixlora", "MOLA": "mola", "DYNMOLE": "dynmole"}
+"""`peft_type` of other programs' adapters that `smore import` converts, and the method each becomes."""
 
 _PREFIX = "base_model.model."
-_PARTS = (".lora_A.weight", ".lora_B.weight")
+_PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 
 # Read below, or without influence on what a trained adapter computes.
 _UNDERSTOOD = frozenset(
     """auto_mapping base_model_name_or_path bias corda_config eva_config exclude_modules fan_in_fan_out inference_mode
     init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config
     megatron_config megatron_core peft_type peft_version qalora_group_size r revision runtime_config target_modules
-    task_type use_rslora""".split()  # noqa: SIM905 (as a list it would be one name a line)
+    task_type use_dora use_rslora""".split()  # noqa: SIM905 (as a list it would be one name a line)
 )
 _CHANGES_THE_BACKBONE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -39,7 +41,8 @@ def is_peft(values: dict[str, Any]) -> bool:
 
 def peft_name(path: str, parameter: str) -> str:
     """Returns PEFT's name of a parameter: `lora_A` of `model.layers.0.mlp.up_proj`."""
-    return f"{_PREFIX}{path}.{parameter}.weight"
+    name = f"{_PREFIX}{path}.{parameter}"
+    return name if parameter == "lora_magnitude_vector" else f"{name}.weight"  # PEFT wrote it so before it was a module
 
 
 def to_peft(
@@ -54,7 +57,7 @@ def to_peft(
         modules: paths of all modules of the backbone; short target names must not match more than `paths`.
         transposed: whether the linear maps store their weight transposed (GPT-2's `Conv1D`).
     """
-    alpha = config.scale * config.rank
+    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
     return {
         "alpha_pattern": {},
         "auto_mapping": None,
@@ -72,10 +75,10 @@ def to_peft(
         "r": config.rank,
         "rank_pattern": {},
         "revision": base.revision,
-        "target_modules": _short_names(paths, modules),
+        "target_modules": short_names(paths, modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
     }
 
 
@@ -92,12 +95,11 @@ def from_peft(values: dict[str, Any], tensor_names: Iterable[str], modules: Iter
         where: the adapter, for messages.
 
     Raises:
-        AdapterError: it is no plain LoRA.
+        AdapterError: it is no LoRA that is known here.
     """
     from smore_cli.methods.lora import LoRAConfig
 
     _require_plain_lora(values, where)
-    rank, alpha = int(values["r"]), float(values["lora_alpha"])
     paths = {
         name.removeprefix(_PREFIX).removesuffix(part) for name in tensor_names for part in _PARTS if name.endswith(part)
     }
@@ -105,18 +107,27 @@ def from_peft(values: dict[str, Any], tensor_names: Iterable[str], modules: Iter
         raise AdapterError(
             f"adapter {where} holds no LoRA tensors", f"expected names such as {peft_name('...', 'lora_A')}"
         )
-    return LoRAConfig(
-        target_modules=_short_names(paths, modules),
-        rank=rank,
-        alpha=alpha * math.sqrt(rank) if values.get("use_rslora") else alpha,  # rsLoRA scales by alpha / sqrt(r)
-        dropout=float(values.get("lora_dropout", 0.0)),
-    )
+    try:
+        return LoRAConfig(
+            target_modules=short_names(paths, modules),
+            rank=int(values["r"]),
+            alpha=float(values["lora_alpha"]),
+            dropout=float(values.get("lora_dropout", 0.0)),
+            use_rslora=bool(values.get("use_rslora")),
+            use_dora=bool(values.get("use_dora")),
+        )
+    except (TypeError, ValueError) as error:
+        problem = "r, lora_alpha or lora_dropout is no number that LoRA can have"
+        raise AdapterError(f"adapter {where}: adapter_config.json: {problem}") from error
 
 
 def _require_plain_lora(values: dict[str, Any], where: str) -> None:
     kind = values["peft_type"]
     if kind != "LORA":
-        raise AdapterError(f"adapter {where} is PEFT's {kind}, which smore does not read", "it reads plain LoRA")
+        hint = (
+            f"convert it once with smore import {where} OUT" if kind in CONVERTED else "it reads LoRA, rsLoRA and DoRA"
+        )
+        raise AdapterError(f"adapter {where} is a {kind} of another program, which smore does not read as it is", hint)
     used = sorted(key for key, value in values.items() if value and key not in _UNDERSTOOD)
     if values.get("bias", "none") != "none":
         used.append("bias")
@@ -129,7 +140,7 @@ def _require_plain_lora(values: dict[str, Any], where: str) -> None:
         raise AdapterError(f"adapter {where}: adapter_config.json lacks {', '.join(missing)}")
 
 
-def _short_names(paths: Collection[str], modules: Iterable[str]) -> list[str]:
+def short_names(paths: Collection[str], modules: Iterable[str]) -> list[str]:
     """Returns the last parts of the paths where these name exactly the same modules, else the full paths."""
     short = {path.rsplit(".", 1)[-1] for path in paths}
     matched = {module for module in modules if module.rsplit(".", 1)[-1] in short}

@@ -1,4 +1,4 @@
-"""The merged weight is W + scale * B A."""
+"""The merged weight is W + s B A, or m (W + s B A) / ||W + s B A|| for DoRA."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from smore_cli.errors import UsageError
 from smore_cli.merging.dense import merge_lora
+from smore_cli.merging.merge import merge
 from smore_cli.methods import MethodConfig
 from smore_cli.methods.lora import LoRAConfig
 from smore_cli.methods.smore import SMoREConfig
+from smore_cli.models.adapter_files import save_adapter
 from smore_cli.models.load import load_backbone
 from smore_cli.nn import adapted_modules, attach
 from smore_cli.recipe.schema import ModelConfig, QuantizationConfig
@@ -46,15 +48,19 @@ def _assert_merge_is_exact(model: Any, config: LoRAConfig, count: int) -> None:
     torch.testing.assert_close(_logits(model), adapted, rtol=0, atol=2e-5)
 
 
-def test_merging_keeps_the_logits(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_merging_keeps_the_logits(tiny_llama: Path, use_dora: bool, use_rslora: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    _assert_merge_is_exact(model, LoRAConfig(rank=3, alpha=4.0, dropout=0.3), 14)
+    config = LoRAConfig(rank=3, alpha=4.0, dropout=0.3, use_dora=use_dora, use_rslora=use_rslora)
+    _assert_merge_is_exact(model, config, 14)
 
 
-def test_merging_into_transposed_weights_keeps_the_logits() -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_merging_into_transposed_weights_keeps_the_logits(use_dora: bool) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)).eval()
-    _assert_merge_is_exact(model, LoRAConfig(rank=2, target_modules=["c_attn", "c_proj"]), 6)
+    _assert_merge_is_exact(model, LoRAConfig(rank=2, target_modules=["c_attn", "c_proj"], use_dora=use_dora), 6)
 
 
 def test_merging_into_a_tied_head_leaves_the_embedding_alone(tmp_path: Path) -> None:
@@ -93,6 +99,35 @@ def test_the_weight_is_rounded_once(tiny_llama: Path) -> None:
     exact = layer.weight.double() + 2.0 * adapter.lora_B.double() @ adapter.lora_A.double()
     merge_lora(model)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, exact.to(torch.bfloat16))
+
+
+def test_doras_weight_is_normalised_in_float64_and_rounded_once(tiny_llama: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    _attach(model, LoRAConfig(rank=2, target_modules=["q_proj"], use_dora=True))
+    layer = adapted_modules(model)["model.layers.0.self_attn.q_proj"]
+    adapter: Any = layer.adapters["default"]
+    direction = layer.weight.double() + 2.0 * adapter.lora_B.double() @ adapter.lora_A.double()
+    exact = adapter.lora_magnitude_vector.double()[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    merge_lora(model)
+    merged = model.model.layers[0].self_attn.q_proj.weight
+    # Two orders of float64 operations may fall on two sides of a rounding boundary, no more than that.
+    assert (merged != exact.to(torch.bfloat16)).float().mean() < 0.01
+    torch.testing.assert_close(merged, exact.to(torch.bfloat16), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True, "alpha": 3.0}], ids=["dora", "rslora"])
+def test_an_adapter_folder_becomes_an_ordinary_model_folder(
+    tiny_llama: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    config = LoRAConfig(rank=3, **settings)
+    _attach(model, config)
+    save_adapter(model, config, tmp_path / "adapter", base=ModelConfig(name_or_path=str(tiny_llama)))
+    merged = merge(tmp_path / "adapter", tmp_path / "merged", device=torch.device("cpu"))
+    assert merged.difference.mean_kl < 1e-9
+    assert merged.difference.top1_agreement == 1
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(_logits(plain), _logits(model), rtol=0, atol=5e-5)
 
 
 def test_a_routed_adapter_is_refused_and_nothing_changes(tiny_llama: Path) -> None:

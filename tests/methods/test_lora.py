@@ -1,4 +1,4 @@
-"""LoRA equals PEFT's LoRA on the same weights."""
+"""LoRA and rsLoRA equal PEFT's on the same weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from pydantic import ValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -43,7 +44,8 @@ def twins(bias: bool, **settings: Any) -> tuple[nn.Module, nn.Module]:
     theirs.load_state_dict(ours.state_dict())
     config = LoRAConfig(rank=4, target_modules=["first", "second"], **settings)
     attach(ours, config)
-    peft = PeftConfig(r=4, lora_alpha=config.scale * 4, target_modules=["first", "second"])
+    alpha = 8 if config.alpha is None else config.alpha
+    peft = PeftConfig(r=4, lora_alpha=alpha, use_rslora=config.use_rslora, target_modules=["first", "second"])
     theirs = get_peft_model(theirs, peft)
     give_the_same_weights(ours, theirs)
     return ours, theirs
@@ -66,10 +68,14 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
         torch.testing.assert_close(lora.lora_B.grad, layer.lora_B["default"].weight.grad, **ROUNDING)
 
 
-@pytest.mark.parametrize("alpha", [None, 1.0, 6.0, 32.0])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"alpha": 1.0}, {"alpha": 32.0}, {"alpha": 6.0, "use_rslora": True}],
+    ids=["default", "alpha-1", "alpha-32", "rslora"],
+)
 @pytest.mark.parametrize("bias", [False, True])
-def test_outputs_and_gradients_equal_pefts(bias: bool, alpha: float | None) -> None:
-    ours, theirs = twins(bias, alpha=alpha)
+def test_outputs_and_gradients_equal_pefts(bias: bool, settings: dict[str, Any]) -> None:
+    ours, theirs = twins(bias, **settings)
     inputs = [torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
     outputs = [model(x) for model, x in zip((ours, theirs), inputs, strict=True)]
     torch.testing.assert_close(*outputs, **ROUNDING)
@@ -131,8 +137,14 @@ def test_alpha_defaults_to_twice_the_rank() -> None:
     assert LoRAConfig(rank=8, alpha=4).scale == 0.5
 
 
+def test_rslora_divides_by_the_root_of_the_rank_and_wants_alpha() -> None:
+    assert LoRAConfig(rank=16, alpha=8, use_rslora=True).scale == 2
+    with pytest.raises(ValidationError, match="alpha: use_rslora needs it"):
+        LoRAConfig(rank=16, use_rslora=True)
+
+
 def test_settings_survive_the_trip_through_a_dictionary() -> None:
-    config = LoRAConfig(rank=3, alpha=5, dropout=0.1, target_modules=["q_proj"])
+    config = LoRAConfig(rank=3, alpha=5, dropout=0.1, use_rslora=True, use_dora=True, target_modules=["q_proj"])
     assert config_from_dict(config.model_dump()) == config
     with pytest.raises(UsageError, match="unknown method"):
         config_from_dict({"method": "no such thing"})

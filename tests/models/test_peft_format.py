@@ -1,4 +1,4 @@
-"""Plain LoRA against the installed PEFT: our folders load there, PEFT's folders load here, with the same logits."""
+"""LoRA, rsLoRA and DoRA against the installed PEFT: ours load there and theirs load here, with the same logits."""
 
 from __future__ import annotations
 
@@ -49,8 +49,11 @@ def _logits(model: Any) -> torch.Tensor:
         LoRAConfig(rank=4),
         LoRAConfig(rank=3, alpha=5.0, target_modules=["q_proj", "v_proj"], dropout=0.1),
         LoRAConfig(rank=2, alpha=0.5, target_modules=["model.layers.1.mlp.up_proj"]),
+        LoRAConfig(rank=4, alpha=6.0, use_rslora=True),
+        LoRAConfig(rank=3, use_dora=True),
+        LoRAConfig(rank=4, alpha=2.0, use_rslora=True, use_dora=True, target_modules=["down_proj"]),
     ],
-    ids=["all-linear", "two-targets", "one-path"],
+    ids=["all-linear", "two-targets", "one-path", "rslora", "dora", "rslora-and-dora"],
 )
 def test_our_folder_loads_in_peft_with_the_same_logits(tiny_llama: Path, tmp_path: Path, config: LoRAConfig) -> None:
     ours = _model(tiny_llama)
@@ -59,6 +62,8 @@ def test_our_folder_loads_in_peft_with_the_same_logits(tiny_llama: Path, tmp_pat
     save_adapter(ours, config, tmp_path, base=ModelConfig(name_or_path=str(tiny_llama)))
     theirs = peft.PeftModel.from_pretrained(_model(tiny_llama), tmp_path).eval()
     assert (_logits(ours) - _logits(_model(tiny_llama))).abs().max() > 0.01
+    read = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (read["use_rslora"], read["use_dora"]) == (config.use_rslora, config.use_dora)
     torch.testing.assert_close(_logits(theirs), _logits(ours), rtol=0, atol=2e-5)
 
 
@@ -69,8 +74,10 @@ def test_our_folder_loads_in_peft_with_the_same_logits(tiny_llama: Path, tmp_pat
         {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "use_rslora": True},
         {"r": 2, "lora_alpha": 2, "target_modules": r".*layers\.1\..*(gate|up)_proj"},
         {"r": 2, "lora_alpha": 2, "target_modules": ["down_proj"], "layers_to_transform": [0]},
+        {"r": 3, "lora_alpha": 2, "target_modules": "all-linear", "use_dora": True},
+        {"r": 4, "lora_alpha": 3, "target_modules": ["v_proj"], "use_dora": True, "use_rslora": True},
     ],
-    ids=["all-linear", "rslora", "regular-expression", "some-layers"],
+    ids=["all-linear", "rslora", "regular-expression", "some-layers", "dora", "rslora-and-dora"],
 )
 def test_pefts_folder_loads_here_with_the_same_logits(
     tiny_llama: Path, tmp_path: Path, settings: dict[str, Any]
@@ -81,8 +88,22 @@ def test_pefts_folder_loads_here_with_the_same_logits(
     ours = _model(tiny_llama)
     config = load_adapter(ours, tmp_path)
     assert isinstance(config, LoRAConfig)
+    assert config.use_rslora is settings.get("use_rslora", False)
+    assert config.use_dora is settings.get("use_dora", False)
     assert len(adapted_modules(ours)) == sum("lora_A.default.weight" in name for name, _ in theirs.named_parameters())
     torch.testing.assert_close(_logits(ours), _logits(theirs), rtol=0, atol=2e-5)
+
+
+def test_a_dora_adapter_without_its_magnitudes_is_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:
+    ours = _model(tiny_llama)
+    attach(ours, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    save_adapter(ours, LoRAConfig(rank=2, target_modules=["q_proj"]), tmp_path, base=BASE)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    model = _model(tiny_llama)
+    with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj\.lora_magnitude_vector is missing"):
+        load_adapter(model, tmp_path)
+    assert adapted_modules(model) == {}
 
 
 def test_only_keys_of_the_installed_peft_are_written() -> None:
@@ -100,7 +121,7 @@ def test_full_paths_are_written_where_short_names_would_match_more() -> None:
     ("extra", "named"),
     [
         ({"peft_type": "LOHA"}, "LOHA"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_qalora": True}, "use_qalora"),
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q": 2}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
