@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Batch", "Row", "collate"]
+__all__ = ["Batch", "Row", "collate", "prompt_of"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Row:
         branches: token ids of each continuation, at least one.
         supervised: for each branch, which of its tokens are learned or scored (same lengths as `branches`).
         gold: index of the right branch.
+        group: number of the group the row belongs to, for methods that know of groups; None: of none.
     """
 
     prompt: list[int]
     branches: list[list[int]]
     supervised: list[list[bool]]
     gold: int = 0
+    group: int | None = None
 
     @property
     def length(self) -> int:
@@ -62,6 +64,8 @@ class Batch:
         choice: (n,) int64, which branch of the whole batch (counted over rows) the target belongs to.
         gold: (B,) int64, number of the right branch, counted over the whole batch.
         branch_row: (number of branches,) int64, the row of each branch.
+        groups: (B,) int64, the group of each row; None where a row has none.
+        prompt_mask: (B, S) bool, true on the tokens of `prompt_of(row)`, which come first in a row.
     """
 
     input_ids: Tensor
@@ -73,11 +77,13 @@ class Batch:
     choice: Tensor
     gold: Tensor
     branch_row: Tensor
+    groups: Tensor | None = None
+    prompt_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return replace(self, **moved)
+        tensors = {f.name: tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def collate(rows: Sequence[Row], *, pad_token_id: int, mask_dtype: torch.dtype = torch.float32) -> Batch:
@@ -117,6 +123,7 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, mask_dtype: torch.dtype =
                     choice.append(len(branch_row))
             branch_row.append(b)
     token_mask = branch_of >= 0
+    groups = [row.group for row in rows]
     branched = any(len(row.branches) > 1 for row in rows)
     return Batch(
         input_ids=ids,
@@ -128,7 +135,22 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, mask_dtype: torch.dtype =
         choice=torch.tensor(choice, dtype=torch.long),
         gold=torch.tensor(gold, dtype=torch.long),
         branch_row=torch.tensor(branch_row, dtype=torch.long),
+        groups=None if None in groups else torch.tensor(groups, dtype=torch.long),
+        prompt_mask=torch.arange(longest) < torch.tensor([len(prompt_of(row)) for row in rows])[:, None],
     )
+
+
+def prompt_of(row: Row) -> list[int]:
+    """Returns the tokens that say what a row is about before anything of it is answered.
+
+    That is its prompt. A row without one (a chat or a text, which is a single branch) has the tokens before the first
+    that is learned; where the very first is learned already, it has nothing but all of its tokens.
+    """
+    if row.prompt:
+        return row.prompt
+    branch, learned = row.branches[0], row.supervised[0]
+    before = learned.index(True) if True in learned else len(branch)
+    return branch[:before] or [token for branch in row.branches for token in branch]
 
 
 def _branch_mask(branch_of: Tensor, dtype: torch.dtype) -> Tensor:

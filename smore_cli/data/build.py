@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from smore_cli.data.encode import Encoded, Encoder
 from smore_cli.data.formats import read_examples
+from smore_cli.data.groups import number_groups, read_labels
 from smore_cli.data.report import DataReport, SourceReport, content_hash, name_rows
 from smore_cli.data.sources import SourceRows, describe_source, read_source
 from smore_cli.data.templates import Renderer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from smore_cli.data.batch import Row
+    from smore_cli.data.groups import Label
     from smore_cli.data.templates import Rendered
     from smore_cli.recipe.schema import DataConfig, Source
 
@@ -31,10 +33,11 @@ CHUNK = 1000
 
 @dataclass(frozen=True)
 class RowSet:
-    """Tokenised rows, in the order of their sources, and the report about them."""
+    """Tokenised rows, in the order of their sources, the report about them, and what the data calls their groups."""
 
     rows: list[Row]
     report: DataReport
+    groups: tuple[Label, ...] = ()
 
 
 def build_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]) -> RowSet:
@@ -54,12 +57,15 @@ def build_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: Se
     for source in sources:  # every contradiction is found before the first file is read
         _check(data, source, renderer)
     rows: list[Row] = []
+    labels: list[Label | None] = []
     reports = []
     for source in sources:
-        kept, report = _build_source(data, source, renderer, encoder)
+        kept, labels_of_kept, report = _build_source(data, source, renderer, encoder)
         rows += kept
+        labels += labels_of_kept
         reports.append(report)
-    return RowSet(rows, DataReport(tuple(reports), content_hash(rows)))
+    rows, groups = number_groups(rows, labels)
+    return RowSet(rows, DataReport(tuple(reports), content_hash(rows)), groups)
 
 
 def split_eval(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -86,6 +92,9 @@ def split_eval(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
 
 def _check(data: DataConfig, source: Source, renderer: Renderer) -> None:
     origin = describe_source(source)
+    if source.group is not None and "group" in source.columns:
+        problem = f"{origin}: 'group' and 'columns: {{group: {source.columns['group']}}}' both name the rows' groups"
+        raise DataError(problem, "keep one")
     if data.objective == "choice_ranking":
         if source.format != "multiple_choice":
             problem = f"{origin}: objective choice_ranking ranks choices, and format {source.format} has none"
@@ -101,21 +110,25 @@ def _check(data: DataConfig, source: Source, renderer: Renderer) -> None:
 
 def _build_source(
     data: DataConfig, source: Source, renderer: Renderer, encoder: Encoder
-) -> tuple[list[Row], SourceReport]:
-    """Returns the rows of one source and its report."""
+) -> tuple[list[Row], list[Label | None], SourceReport]:
+    """Returns the rows of one source, what it calls the group of each, and its report."""
     raw = read_source(source)
+    labels = iter(read_labels(raw, source))
     rows: list[Row] = []
+    kept: list[Label | None] = []
     dropped: list[int] = []
     truncated = 0
     for number, encoded in enumerate(_encoded(raw, source, renderer, encoder), 1):
+        label = next(labels)
         if not encoded.learnable:
             dropped.append(number)
             continue
         rows.append(encoded.row)
+        kept.append(label)
         truncated += encoded.truncated
     if dropped and (data.on_no_supervision == "error" or not rows):
         raise _nothing_to_learn(raw, dropped, data)
-    return rows, SourceReport.of(raw.origin, rows, truncated=truncated, dropped=dropped)
+    return rows, kept, SourceReport.of(raw.origin, rows, truncated=truncated, dropped=dropped)
 
 
 def _encoded(raw: SourceRows, source: Source, renderer: Renderer, encoder: Encoder) -> Iterator[Encoded]:

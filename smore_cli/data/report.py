@@ -70,7 +70,7 @@ class DataReport:
 
     Attributes:
         sources: one report a source, in the recipe's order.
-        content_hash: sha256 over token ids, masks and right branches, in order; equal hashes mean equal training data.
+        content_hash: sha256 over token ids, masks, right branches and groups, in order; equal hashes mean equal data.
     """
 
     sources: tuple[SourceReport, ...]
@@ -110,6 +110,8 @@ def content_hash(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         parts = [[row.gold, len(row.branches)], row.prompt]
+        if row.group is not None:
+            parts[0].append(row.group)
         for branch, mask in zip(row.branches, row.supervised, strict=True):
             parts += [branch, [int(learned) for learned in mask]]
         for part in parts:

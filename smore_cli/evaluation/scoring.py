@@ -27,6 +27,8 @@ from lm_eval.models.huggingface import HFLM
 from smore_cli.data.batch import Row, collate
 from smore_cli.errors import DataError
 from smore_cli.models.forward import target_logits
+from smore_cli.nn import AdapterContext
+from smore_cli.nn.prior_hooks import active_prior
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -78,16 +80,20 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
     ) -> list[Score]:
         """Scores tokenised requests, in their order. Those that cannot share a row are HFLM's to cut and score.
 
+        An adapter with a prior has to know which tokens are the prompt, which HFLM does not say: then they are cut as
+        HFLM cuts them and scored here, each in a row of its own.
+
         `override_bs` is lm-eval's batch size for windows of a long text; rows here follow `batch_size`.
         """
         if empty := [text for text, _, answer in requests if not answer]:
             raise DataError(f"a choice adds no token to its prompt, so it has no likelihood: {empty[0]}")
         scores: dict[int, Score] = {}
         short = [i for i, (_, prompt, answer) in enumerate(requests) if len(prompt) + len(answer) - 1 <= self._longest]
-        # Long rows first: if memory runs out, then at once.
-        rows = sorted(self._rows(requests, short), key=lambda item: -item[0].length)
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
+        batches = self._batches(self._rows(requests, short))
+        if active_prior(self.model) is not None:
+            # Apart from the others: a row with branches takes a dense mask, which would override a sliding window.
+            batches += self._batches(self._single_rows(requests, sorted({*range(len(requests))} - {*short})))
+        for batch in batches:
             members = [i for _, indices in batch for i in indices]
             last = [requests[i][2][-1] for i in members]
             scores.update(zip(members, self._score([row for row, _ in batch], last), strict=True))
@@ -98,6 +104,19 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
             scores.update(zip(rest, theirs, strict=True))
             self._on_progress(len(scores), len(requests))
         return [scores[i] for i in range(len(requests))]
+
+    def _batches(self, rows: Iterable[tuple[Row, list[int]]]) -> list[list[tuple[Row, list[int]]]]:
+        """Returns the rows in batches, long ones first: if memory runs out, then at once."""
+        ordered = sorted(rows, key=lambda item: -item[0].length)
+        return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+
+    def _single_rows(self, requests: list[Request], indices: Iterable[int]) -> Iterator[tuple[Row, list[int]]]:
+        """Yields one row a request, its prompt cut on the left to what the model can read."""
+        for i in indices:
+            _, prompt, answer = requests[i]
+            over = max(0, len(prompt) + len(answer) - 1 - self.max_length)
+            branch = answer[:-1]
+            yield Row(prompt[over:], [branch], [[True] * len(branch)]), [i]
 
     def _rows(self, requests: list[Request], indices: Iterable[int]) -> Iterator[tuple[Row, list[int]]]:
         """Yields rows and, for each of their branches, the request it answers."""
@@ -116,7 +135,8 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         pad = self.tokenizer.pad_token_id
         batch = _with_last_tokens(collate(rows, pad_token_id=pad, mask_dtype=self.model.dtype), rows, last)
         batch = batch.to(self.device)
-        logits = target_logits(self.model, batch).float()  # (n, vocabulary)
+        with AdapterContext(token_mask=batch.token_mask, aux=False, prompt_mask=batch.prompt_mask):
+            logits = target_logits(self.model, batch).float()  # (n, vocabulary)
         chosen = logits.gather(1, batch.targets[:, None])[:, 0]
         logprobs = (chosen - logits.logsumexp(dim=-1)).double().cpu()
         missed = (logits.argmax(dim=-1) != batch.targets).cpu()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from smore_cli.nn import Adapter
+    from smore_cli.nn.prior import SequencePrior
 
 __all__ = ["MethodConfig", "Site", "SiteKind", "available_methods", "config_from_dict", "load_method"]
 
@@ -56,7 +57,10 @@ class Site:
     base: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def at_depth(self, values: list[T] | T) -> T:
-        """Returns the value for this site's layer: lists are spread over the depth, [2, 4, 6, 8] by quarters."""
+        """Returns the value for this site's layer: lists are spread over the depth, [2, 4, 6, 8] by quarters.
+
+        A list longer than the depth is sampled: of those four, two layers have 2 and 6.
+        """
         if not isinstance(values, list):
             return values
         return values[self.layer * len(values) // self.num_layers]
@@ -84,9 +88,18 @@ class MethodConfig(BaseModel):
         Field(description="names of the linear maps to adapt, as in [q_proj, v_proj], or 'all-linear'"),
     ] = "all-linear"
 
+    @property
+    def row_groups(self) -> int | None:
+        """How many groups of training rows it tells apart (the data must name each row's); None: it asks for none."""
+        return None
+
     @abstractmethod
     def build(self, site: Site) -> Adapter:
         """Returns the freshly initialised adapter of one site (float32)."""
+
+    def build_prior(self, model: nn.Module) -> SequencePrior | None:
+        """Returns what tells the adapter of each sequence before its tokens are routed; None: nothing does."""
+        return None
 
     @abstractmethod
     def num_parameters(self, site: Site) -> int:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -188,7 +188,40 @@ _ORIGINAL_NAMES = {
     r"moe_gate\.(\d+)\.mlp\.(\d)\.(weight|bias)": "router.levels.{0}.mlp.{1}.{2}",
     r"moe_gate\.(\d+)\.keys": "router.levels.{0}.keys",
     r"moe_gate\.(\d+)\.weight_noise\.weight": "router.levels.{0}.noise",
+    r"moe_expert_act_param\.(\d+)": "act.{0}.weight",
 }
+_ORIGINAL_SETTINGS = {
+    "expert_dims": "rank",
+    "num_experts": "num_experts",
+    "num_active": "fanout",
+    "gate_type": "gate",
+    "activation_position": "activation_position",
+    "is_shared_expert_pool": "shared_pool",
+    "init_method": "init",
+    "dim_downproj_x": "router_dim",
+}
+
+
+def settings_from_original(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of an adapter trained by the released code, from its adapter_config.json.
+
+    Raises:
+        AdapterError: it computes something that this method does not.
+    """
+    for key, only in (("moe_arch", "smore"), ("gate_arch", "mlp")):
+        if values.get(key, only) != only:
+            raise AdapterError(f"{key}: '{values[key]}' is not read", f"'{only}' is")
+    if len(set(values["gate_dims"])) > 1:
+        raise AdapterError(f"gate_dims: {values['gate_dims']} differ from pool to pool, and key_dim is one for all")
+    alpha = values.get("lora_alpha")
+    return {
+        **{ours: values[theirs] for theirs, ours in _ORIGINAL_SETTINGS.items()},
+        "key_dim": values["gate_dims"][0],
+        "activation": str(values["expert_act_fn"]).partition("|")[0],  # 'prelu|0.25' names where the slope starts
+        "router_activation": str(values["gate_act_fn"]).partition("|")[0],
+        "alpha": None if alpha is None else [float(a) for a in alpha],
+        "aux_loss_coefficient": float(values["balance_loss_weight"]),
+    }
 
 
 def from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,6 +253,22 @@ def from_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"'{name}' is not a tensor of the released S'MoRE layout", "expected names such as moe_A.0"
             )
     return renamed
+
+
+def without_shared_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drops what a saved S'MoRE# adapter repeats: every level's copy of the one pool, which stays as `A.0` and so on.
+
+    Raises:
+        AdapterError: a copy differs.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.[AaBb])\.(\d+)", name)
+        if match is None or match[2] == "0":
+            kept[name] = tensor
+        elif (first := tensors.get(f"{match[1]}.0")) is None or not tensor.equal(first):
+            raise AdapterError(f"{name} differs from {match[1]}.0, and a shared pool is one pool")
+    return kept
 
 
 def count_trees(num_experts: list[int], fanout: list[int]) -> int:

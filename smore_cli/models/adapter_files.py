@@ -2,7 +2,7 @@
 
     method: lora   PEFT's own format and names, base_model.model.<path>.lora_A.weight; PEFT loads it and we load PEFT's
     routed         {"method": ..., its fields ..., "base_model_name_or_path", "revision", "smore_version"},
-                   tensors named <path>.<parameter>
+                   tensors named <path>.<parameter>, and prior.centroids where sequences have a prior
 
 Keys are sorted and nothing depends on time or machine, so equal adapters are equal files.
 """
@@ -27,6 +27,7 @@ from smore_cli.methods.lora import LoRAConfig
 from smore_cli.models.peft_format import from_peft, is_peft, peft_name, to_peft
 from smore_cli.models.source import one_line
 from smore_cli.nn import adapted_modules, attach, detach
+from smore_cli.nn.prior_hooks import priors_of
 from smore_cli.recipe.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class AdapterFolder:
         path = self.folder / WEIGHTS_FILE
         if not path.is_file():
             pickled = (self.folder / "adapter_model.bin").is_file()
-            hint = "adapter_model.bin can run code when it is read; save it as safetensors with PEFT" if pickled else ""
+            hint = f"convert its adapter_model.bin once with smore import {self.folder} OUT" if pickled else ""
             raise AdapterError(f"adapter folder {self.folder} has no {WEIGHTS_FILE}", hint)
         try:
             return safe_open(path, framework="pt")
@@ -181,6 +182,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     config = adapter.config(model)
     attach(model, config, name=name)
     try:
+        _make_room_for_prior(model, adapter, name)
         adapter.read_into(_parameters(model, config, name))
     except AdapterError:
         detach(model, name)
@@ -195,18 +197,29 @@ def load_adapter_state(model: nn.Module, folder: str | Path, *, name: str = "def
         AdapterError: it is no adapter, or not the one that is attached; nothing was changed.
     """
     adapter = AdapterFolder.open(folder)
+    _make_room_for_prior(model, adapter, name)
     adapter.read_into(_parameters(model, adapter.config(model), name))
 
 
+def _make_room_for_prior(model: nn.Module, adapter: AdapterFolder, name: str) -> None:
+    """Gives a prior that has no centroids yet the shape of those in the folder: their width is the embedder's."""
+    prior = priors_of(model).get(name)
+    if prior is not None and not prior.fitted:
+        prior.make_room(adapter._shapes().get("prior.centroids", ()))
+
+
 def _parameters(model: nn.Module, config: MethodConfig, name: str) -> dict[str, torch.Tensor]:
-    """Returns an adapter's parameters by their names in the file."""
+    """Returns an adapter's parameters, and what its prior holds, by their names in the file."""
     rename = peft_name if isinstance(config, LoRAConfig) else "{}.{}".format
-    return {
+    parameters = {
         rename(path, key): parameter
         for path, module in adapted_modules(model).items()
         if name in module.adapters
         for key, parameter in module.adapter_state(name).items()
     }
+    if (prior := priors_of(model).get(name)) is not None:
+        parameters |= {f"prior.{key}": tensor for key, tensor in prior.state_dict(keep_vars=True).items()}
+    return parameters
 
 
 def _config_values(model: nn.Module, config: MethodConfig, base: ModelConfig, name: str) -> dict[str, Any]:

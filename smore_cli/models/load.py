@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from smore_cli.recipe.schema import ModelConfig, QuantizationConfig
 
-__all__ = ["Backbone", "default_device", "load_backbone", "load_tokenizer", "resolve_dtype"]
+__all__ = ["Backbone", "default_device", "load_backbone", "load_skeleton", "load_tokenizer", "resolve_dtype"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -82,6 +82,21 @@ def load_backbone(
     model.requires_grad_(False)
     model.eval()
     return Backbone(model, tokenizer, source.name)
+
+
+def load_skeleton(config: ModelConfig) -> PreTrainedModel:
+    """Returns a backbone without its weights, made from config.json alone: modules and shapes, on the meta device.
+
+    Raises:
+        ModelError: no such model, or not a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = find_source(config)
+    settings = _read_config(source)
+    with quiet(), _one_line(source), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call]
+    return model
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

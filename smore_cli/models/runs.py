@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from smore_cli.errors import AdapterError
 from smore_cli.models.adapter_files import CONFIG_FILE, AdapterFolder, load_adapter
+from smore_cli.models.embedders import use_tokenizer
 from smore_cli.models.load import load_backbone
 from smore_cli.recipe import load_recipe
 
@@ -56,6 +57,7 @@ class Run:
         """
         backbone = load_backbone(self.model, self.quantization, device)
         load_adapter(backbone.model, self.adapter.folder)
+        use_tokenizer(backbone.model, backbone.tokenizer)
         return backbone.model, backbone.tokenizer
 
 

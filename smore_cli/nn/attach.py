@@ -16,6 +16,7 @@ from torch import nn
 from smore_cli.errors import AdapterError
 from smore_cli.methods import MethodConfig, Site
 from smore_cli.nn.adapted import AdaptedModule
+from smore_cli.nn.prior_hooks import install_prior, remove_prior, select_prior
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -50,6 +51,7 @@ def attach(model: nn.Module, config: MethodConfig, *, name: str = "default", see
     if any(name in module.adapters for module in targets.values() if isinstance(module, AdaptedModule)):
         raise AdapterError(f"the model already has an adapter named '{name}'", "detach it first, or use another name")
     sites = sites_of(model, targets)
+    prior = config.build_prior(model)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reseed every GPU as well
@@ -59,6 +61,8 @@ def attach(model: nn.Module, config: MethodConfig, *, name: str = "default", see
         adapted = _adapted(places[path])
         adapted.adapters[name] = adapter.to(next(adapted.base.parameters()).device)
         adapted.adapters[name].train(adapted.training)
+    if prior is not None:
+        install_prior(model, name, prior)
     set_active(model, name)
     return list(targets)
 
@@ -70,6 +74,7 @@ def detach(model: nn.Module, name: str = "default") -> None:
         AdapterError: no module has an adapter of that name.
     """
     _require_adapter(model, name)
+    remove_prior(model, name)
     for place in reversed(list(_walk(model))):  # what lies inside another adapted module comes first
         adapted = place.module
         if not isinstance(adapted, AdaptedModule):
@@ -90,6 +95,7 @@ def set_active(model: nn.Module, name: str | None) -> None:
     """
     if name is not None:
         _require_adapter(model, name)
+    select_prior(model, name)
     for module in adapted_modules(model).values():
         module.active = name if name is not None and name in module.adapters else None
         for key, adapter in module.adapters.items():

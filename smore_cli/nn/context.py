@@ -73,11 +73,16 @@ class ExpertLoad:
         owner: the adapter the router belongs to.
         level: tree level, 0 = leaves.
         load: (s,) how often each expert was picked, or for a dense router the gate mass it got; real tokens, detached.
+            (G, s) where the adapter has G groups of experts, each with a distribution of its own.
+        decisions: scalar, how many decisions that was for each group: one a token, in a tree one for every parent.
+        dense: whether `load` is gate mass.
     """
 
     owner: nn.Module
     level: int
     load: Tensor
+    decisions: Tensor
+    dense: bool
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
         groups: (B,) the group each row belongs to, for losses that know of groups (LoRAMoE).
         prior: (B, K) what is known of each row before its tokens are routed (T-REX).
         prompt_mask: (B, S), true on the tokens a row's prior is computed from; None: all real tokens.
+        entered_by: what made it current, where that was no `with` block but a hook (`prior_hooks`).
     """
 
     token_mask: Tensor | None = None
@@ -120,6 +126,7 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
     groups: Tensor | None = None
     prior: Tensor | None = None
     prompt_mask: Tensor | None = None
+    entered_by: object = field(default=None, repr=False)
     _tokens: list[Token[AdapterContext | None]] = field(default_factory=list, repr=False)
 
     def __enter__(self) -> AdapterContext:

@@ -106,7 +106,9 @@ class Router(nn.Module):
         return Routing(logits, probabilities, gates, picked)
 
 
-def report(routing: Routing, owner: nn.Module, losses: Sequence[RouterLoss] = (), level: int = 0) -> None:
+def report(
+    routing: Routing, owner: nn.Module, losses: Sequence[RouterLoss] = (), level: int = 0, *, pooled: bool = False
+) -> None:
     """Tells the current context, if there is one, what its losses, its load statistics and its observer want to know.
 
     Args:
@@ -114,6 +116,7 @@ def report(routing: Routing, owner: nn.Module, losses: Sequence[RouterLoss] = ()
         owner: the adapter that routes.
         losses: the auxiliary losses of the router.
         level: tree level, 0 where there is no tree.
+        pooled: whether all G rows of a token choose among the same s experts, as the parents on a tree's level do.
     """
     context = current_context()
     if context is None:
@@ -123,9 +126,21 @@ def report(routing: Routing, owner: nn.Module, losses: Sequence[RouterLoss] = ()
             context.observe(RoutingTrace(owner, level, routing.probabilities.detach(), routing.gates.detach()))
     if not context.aux:
         return
-    for loss in losses:
-        context.records.append(RoutingRecord(owner, level, loss.sums(routing, context), loss))
-    with torch.no_grad():
-        used = routing.gates.abs() if routing.picked is None else routing.picked.to(routing.gates.dtype)
-        mask = context.flat_mask(len(used), used.device)
-        context.loads.append(ExpertLoad(owner, level, masked_sum(used.detach(), mask)))
+    with torch.autocast(routing.gates.device.type, enabled=False):  # a half-precision sum cannot count to 2049
+        for loss in losses:
+            context.records.append(RoutingRecord(owner, level, loss.sums(routing, context), loss))
+        context.loads.append(_load(routing, owner, level, context, pooled))
+
+
+@torch.no_grad()
+def _load(routing: Routing, owner: nn.Module, level: int, context: AdapterContext, pooled: bool) -> ExpertLoad:
+    """Counts how busy the experts were."""
+    used = routing.gates.abs() if routing.picked is None else routing.picked.to(routing.gates.dtype)
+    n, groups, s = used.shape
+    mask = context.flat_mask(n, used.device)
+    tokens = torch.full((), n, device=used.device) if mask is None else mask.sum()
+    dense = routing.picked is None
+    if pooled or groups == 1:
+        return ExpertLoad(owner, level, masked_sum(used.detach(), mask), tokens * groups, dense)
+    load = masked_sum(used.detach().reshape(n, 1, groups * s), mask).view(groups, s)
+    return ExpertLoad(owner, level, load, tokens, dense)

@@ -104,11 +104,19 @@ class Tree(Adapter):
             self._select_blocks()
 
     def silent_at_start(self) -> frozenset[str]:
-        """What the initial zeros cut off from the loss; `normal` has none."""
-        names = [name for name, _ in self.named_parameters()]
-        if self.init in ("w_final_zero", "eq_1_layer"):  # P = 0: only P and p, and routers by their own loss
-            return frozenset(name for name in names if name not in ("P", "p") and not name.startswith("router."))
-        return frozenset()
+        """What the initial zeros cut off from the loss; `normal` has none, routers may have losses of their own."""
+        if self.init == "normal":
+            return frozenset()
+        if self.init in ("w_final_zero", "eq_1_layer"):  # P = 0: nothing below it has a gradient
+            reached = {"P", "p"}
+        else:  # B = 0: every state is 0, and so are the gradients of what multiplies it; W = 0 cuts off lower levels
+            top = len(self.rank) - 1
+            levels = range(top + 1) if self.init == "b_zero" else [top]
+            pools = {0} if self.shared_pool else set(levels)
+            reached = {"p"} | {f"{name}.{pool}" for pool in pools for name in "Bb"}
+            reached |= {f"w.{level - 1}" for level in levels if level > 0}
+        reached |= {f"router.{name}" for name in self.router.reached_by_loss()}
+        return frozenset(name for name, _ in self.named_parameters() if name not in reached)
 
     def _select_blocks(self) -> None:
         """B and W as selectors: with identity activation the tree is then one layer of LoRA experts."""

@@ -183,6 +183,22 @@ class TreeRouter(nn.Module):
             column += keys.shape[1]
         return picks
 
+    def reached_by_loss(self) -> frozenset[str]:
+        """Names of the parameters that the balance loss moves; it is constant where all experts are picked."""
+        if self.gate == "dense" or self.aux_coefficient == 0:
+            return frozenset()
+        lossy = {l for l, (f, s) in enumerate(zip(self.fanout, self.num_experts, strict=True)) if f < s}
+        found = set()
+        for name, _ in self.named_parameters():
+            part, _, rest = name.partition(".")
+            if part == "down":
+                reached = bool(lossy)
+            else:  # the keys of a level are also inputs of the levels below
+                level, _, inner = rest.partition(".")
+                reached = int(level) in lossy or (inner == "keys" and any(l < int(level) for l in lossy))
+            found |= {name} if reached else set()
+        return frozenset(found)
+
     def draw_noise(self, like: Tensor) -> Tensor:
         """Standard normal noise for a noisy gate's logits."""
         return torch.randn_like(like)
@@ -198,7 +214,7 @@ class TreeRouter(nn.Module):
             noisy = logits + self.draw_noise(logits) * noise_scale
         if self.gate == "dense":
             picked = Picks(None, torch.softmax(logits, -1))
-            report(Routing(logits, picked.weights, picked.weights), owner, level=l)
+            report(Routing(logits, picked.weights, picked.weights), owner, level=l, pooled=True)
             return picked
         values, ids = noisy.topk(f, dim=-1)
         one_hot = F.one_hot(ids, logits.shape[-1]).to(logits.dtype)
@@ -210,7 +226,7 @@ class TreeRouter(nn.Module):
             loss = ImportanceLoadLoss(self.aux_coefficient)
             if self.training:
                 routing = replace(routing, smooth_load=_smooth_load(logits, noisy, noise_scale, f))
-        report(routing, owner, [loss], level=l)
+        report(routing, owner, [loss], level=l, pooled=True)
         return picked
 
     def _weights(self, values: Tensor, probabilities: Tensor, ids: Tensor) -> Tensor:

@@ -88,9 +88,17 @@ class Source(Section):
         "train"
     )
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub dataset")] = None
-    columns: Annotated[dict[str, str], Field(description="renames: {name the format wants: name the file has}")] = (
-        Field(default_factory=dict)
-    )
+    columns: Annotated[
+        dict[str, str],
+        Field(
+            description="renames: {name the format wants: name the file has}; also {group: name of the column that "
+            "holds each row's group}"
+        ),
+    ] = Field(default_factory=dict)
+    group: Annotated[
+        str | None,
+        Field(description="group of all rows of this source, for methods that tell groups apart (loramoe)"),
+    ] = None
 
 
 class DataConfig(Section):
@@ -165,6 +173,20 @@ class TrainConfig(Section):
             "pass when accumulating; micro_batch: each forward pass by itself, so the loss depends on the split"
         ),
     ] = "global_batch"
+    gradient_census: Annotated[
+        bool,
+        Field(
+            description="before the first step, check in two or three passes that a gradient reaches every tensor and "
+            "every expert; the run is the same without"
+        ),
+    ] = True
+    on_collapse: Annotated[
+        Literal["warn", "stop"],
+        Field(
+            description="what to do when a router sends nearly everything to the same experts, over all steps between "
+            "two lines of metrics. warn: a line; stop: save a checkpoint and end with an error"
+        ),
+    ] = "warn"
     logging_steps: Annotated[int, Field(description="steps between lines of metrics.jsonl", ge=1)] = 10
     save_steps: Annotated[int, Field(description="steps between checkpoints", ge=1)] = 500
     save_total_limit: Annotated[int | None, Field(description="how many checkpoints to keep; default: all", ge=1)] = (

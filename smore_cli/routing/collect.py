@@ -67,10 +67,16 @@ class RoutingCollector:
         }
         self._sums: dict[tuple[str, int], _Sums] = {}
 
-    def watch(self, token_mask: Tensor) -> AdapterContext:
-        """Returns the context for one forward pass over tokens of which `token_mask` (B, S) says which are real."""
+    def watch(self, token_mask: Tensor, prompt_mask: Tensor | None = None) -> AdapterContext:
+        """Returns the context for one forward pass.
+
+        Args:
+            token_mask: (B, S) which tokens are real.
+            prompt_mask: (B, S) which are the prompt; None: all real ones.
+        """
         mask = token_mask.reshape(-1) != 0
-        return AdapterContext(token_mask=token_mask, aux=False, observe=partial(self._add, mask, int(mask.sum())))
+        observe = partial(self._add, mask, int(mask.sum()))
+        return AdapterContext(token_mask=token_mask, aux=False, observe=observe, prompt_mask=prompt_mask)
 
     def results(self) -> list[RouterStatistics]:
         """Returns every router that was seen, in the model's order, root first.
@@ -141,7 +147,7 @@ def collect_routing(
         batch = collate(ordered[start : start + batch_size], pad_token_id=pad_token_id, mask_dtype=model.dtype)  # type: ignore[arg-type]
         batch = batch.to(weight.device)
         nowhere = batch.sources.new_empty(0)
-        with collector.watch(batch.token_mask):
+        with collector.watch(batch.token_mask, batch.prompt_mask):
             target_logits(model, replace(batch, sources=nowhere, targets=nowhere))
         on_progress(min(start + batch_size, len(ordered)), len(ordered))
     return collector.results()

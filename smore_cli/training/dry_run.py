@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from smore_cli.data.batch import collate
+from smore_cli.training.census import take_census
 from smore_cli.training.setup import prepare
 from smore_cli.training.step import accumulate_gradients
 
@@ -21,8 +22,15 @@ def dry_run(recipe: Recipe) -> list[str]:
 
     Raises:
         UsageError: anything that would stop the run before its first step.
+        CheckFailed: a gradient does not reach everything that trains.
     """
-    setup = prepare(recipe, lambda line: print(line, file=sys.stderr))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    setup = prepare(recipe, say)
+    if recipe.train.gradient_census:
+        take_census(setup, say)
     dtype = next(p.dtype for p in setup.model.parameters() if p.is_floating_point() and not p.requires_grad)
     pad = int(setup.tokenizer.pad_token_id)
     batches = [

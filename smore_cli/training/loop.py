@@ -19,6 +19,7 @@ from smore_cli.models.adapter_files import save_adapter
 from smore_cli.models.tokenizer_files import save_tokenizer
 from smore_cli.nn import AdapterContext
 from smore_cli.recipe import dump_recipe
+from smore_cli.training.census import take_census
 from smore_cli.training.checkpoint import (
     TrainerState,
     damage,
@@ -30,7 +31,7 @@ from smore_cli.training.checkpoint import (
 from smore_cli.training.model_card import model_card
 from smore_cli.training.objective import Counts
 from smore_cli.training.progress import Reporter, make_reporter
-from smore_cli.training.routing_health import routing_summary
+from smore_cli.training.routing_health import RoutingWatch, collapse_line, routing_summary
 from smore_cli.training.run_folder import (
     MetricsLog,
     environment,
@@ -63,6 +64,7 @@ def train(recipe: Recipe, recipe_text: str, *, resume: bool = False, checkpoint:
 
     Raises:
         UsageError: something cannot work; nothing was written.
+        CheckFailed: a gradient does not reach everything that trains; nothing was written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     run_dir = Path(recipe.output_dir)
@@ -78,6 +80,8 @@ def train(recipe: Recipe, recipe_text: str, *, resume: bool = False, checkpoint:
         run.restore(start)
     elif resume:
         reporter.say("no complete checkpoint: starting from the first step")
+    if start is None and recipe.train.gradient_census:
+        take_census(setup, reporter.say)
     run.open(recipe_text)
     for line in setup.describe():
         reporter.say(line)
@@ -127,6 +131,8 @@ class Run:
         reporter: what the user sees.
         state: how far it is.
         latest: the newest training and evaluation numbers.
+        watch: how the routers spread their tokens.
+        alarm: what was said of routers that have collapsed, if any have by the newest line of numbers.
     """
 
     def __init__(self, setup: Setup, run_dir: Path, reporter: Reporter) -> None:
@@ -137,6 +143,8 @@ class Run:
         self.dtype = next(p.dtype for p in setup.model.parameters() if p.is_floating_point() and not p.requires_grad)
         self.environment = environment(setup.device)
         self.resumed_from: int | None = None
+        self.watch = RoutingWatch(setup.accelerator.unwrap_model(setup.model))
+        self.alarm: str | None = None
 
     def restore(self, folder: Path) -> None:
         """Continues from a checkpoint."""
@@ -158,7 +166,7 @@ class Run:
     def loop(self, stop: Stop) -> None:
         """Runs the steps that are left."""
         train, plan = self.setup.recipe.train, self.setup.plan
-        window = Window()
+        window = Window(since=self.state.seconds)
         while self.state.step < plan.total_steps:
             started = time.perf_counter()
             window.add(self.step())
@@ -175,6 +183,11 @@ class Run:
                 folder = self.save()
                 raise Interrupted(
                     f"stopped by {stop.signal_name} after step {step}; saved {folder}", "go on with --resume"
+                )
+            if self.alarm and train.on_collapse == "stop" and not last:
+                raise SmoreError(
+                    f"{self.alarm}, at step {step}; saved {self.save()}",
+                    "go on with --resume --set train.on_collapse=warn, or start anew with a larger balance loss",
                 )
             if step % train.save_steps == 0 and not last:
                 self.save()
@@ -197,6 +210,7 @@ class Run:
         setup.optimizer.step()
         setup.scheduler.step()
         setup.optimizer.zero_grad()
+        self.watch.add(result.loads)
         self.state.step += 1
         self.state.tokens += result.tokens
         self.state.supervised_tokens += result.counts.tokens
@@ -209,6 +223,9 @@ class Run:
     def log(self, window: Window) -> None:
         """Adds a line of training numbers."""
         values = window.values(self.state)
+        routers = self.watch.routers()
+        if routers:
+            values["routing"] = routing_summary(routers)
         values["learning_rate"] = self.latest["learning_rate"]
         values["grad_norm"] = round(float(self.latest.pop("grad_norm")), 5)
         values["epoch"] = round(self.setup.plan.epoch_of(self.state.step), 4)
@@ -220,6 +237,9 @@ class Run:
         self.latest.update(values)
         self.metrics.add(values)
         self.reporter.metrics(values)
+        if news := self.watch.news(routers):
+            self.reporter.say(f"warning: {news}")
+        self.alarm = collapse_line(routers) if self.watch.collapsed else None
 
     def evaluate(self) -> None:
         """Adds a line with the loss on the held-out rows, if there are any."""
@@ -234,7 +254,7 @@ class Run:
         with torch.inference_mode():
             for batch in batches:
                 batch = batch.to(self.setup.device)
-                with AdapterContext(token_mask=batch.token_mask, aux=False):
+                with AdapterContext(token_mask=batch.token_mask, aux=False, prompt_mask=batch.prompt_mask):
                     share = self.setup.objective(model, batch, Counts(1, 1))
                 nll, correct = nll + float(share.nll), correct + float(share.correct)
         model.train()
@@ -295,7 +315,7 @@ class Run:
 class Window:
     """The steps between two lines of metrics, summed on the device."""
 
-    def __init__(self, since: float | None = None) -> None:
+    def __init__(self, since: float) -> None:
         self.results: list[StepResult] = []
         self.since = since
 
@@ -304,16 +324,14 @@ class Window:
         self.results.append(result)
 
     def values(self, state: TrainerState) -> dict[str, Any]:
-        """Returns means over the window's steps, and the routing of its last forward pass."""
+        """Returns means over the window's steps."""
         results = self.results
         loss = float(torch.stack([result.loss for result in results]).mean())
         aux = float(torch.stack([result.aux for result in results]).mean())
-        elapsed = state.seconds - (self.since or 0.0)
+        elapsed = state.seconds - self.since
         tokens = sum(result.tokens for result in results)
         values: dict[str, Any] = {"step": state.step, "loss": round(loss, 6), "aux_loss": round(aux, 6)}
         values["tokens_per_second"] = round(tokens / max(elapsed, 1e-9), 1)
         values["seconds"] = round(state.seconds, 2)
         values["tokens"], values["supervised_tokens"] = state.tokens, state.supervised_tokens
-        if routing := routing_summary(results[-1].loads):
-            values["routing"] = routing
         return values

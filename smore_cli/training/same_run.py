@@ -19,6 +19,8 @@ __all__ = ["require_same_run"]
 # What does not change the adapter that comes out.
 FREE_TO_CHANGE = {
     ("output_dir",),
+    ("train", "gradient_census"),
+    ("train", "on_collapse"),
     ("train", "logging_steps"),
     ("train", "save_steps"),
     ("train", "save_total_limit"),

@@ -65,6 +65,12 @@ class StepPlan:
         rows = _permutation(self.num_rows, self.seed, epoch)[start : start + self.global_batch_size]
         return [rows[i : i + self.per_pass] for i in range(0, len(rows), self.per_pass)]
 
+    def rows_used(self) -> list[int]:
+        """Returns the numbers of all rows that the run's steps see, in order."""
+        if self.total_steps >= self.steps_per_epoch:
+            return list(range(self.num_rows))
+        return sorted(row for step in range(self.total_steps) for rows in self.passes(step) for row in rows)
+
 
 @functools.lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> list[int]:

@@ -10,10 +10,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from smore_cli.data.batch import prompt_of
 from smore_cli.data.build import build_rows, split_eval
+from smore_cli.data.groups import require_groups
 from smore_cli.errors import DataError, ModelError, UsageError
+from smore_cli.models.embedders import use_tokenizer
 from smore_cli.models.load import load_backbone, load_tokenizer
+from smore_cli.models.prior import fit_prior
 from smore_cli.nn import attach, checkpoint_contexts
+from smore_cli.nn.prior_hooks import active_prior
 from smore_cli.training.objective import Objective
 from smore_cli.training.schedule import StepPlan, build_optimizer, build_scheduler
 
@@ -113,12 +118,15 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> Setup:
     lap("data")
     backbone = load_backbone(recipe.model, recipe.quantization, accelerator.device)
     model = backbone.model
+    plan = StepPlan.from_config(recipe.train, len(train_rows), recipe.seed)
     targets = attach(model, recipe.adapter, seed=recipe.seed)
+    if (prior := active_prior(model)) is not None:
+        use_tokenizer(model, tokenizer)
+        fit_prior(model, prior, [prompt_of(row) for row in train_rows], plan.rows_used(), say)
     model.train()
     if recipe.train.gradient_checkpointing:
         _enable_checkpointing(model)
     lap("model")
-    plan = StepPlan.from_config(recipe.train, len(train_rows), recipe.seed)
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = build_optimizer(trainable, recipe.train)
     scheduler = build_scheduler(optimizer, recipe.train, plan.total_steps)
@@ -137,6 +145,8 @@ def _rows(
     train = build_rows(data, tokenizer, data.train)
     for line in train.report.lines():
         say(line)
+    if recipe.adapter.row_groups is not None:
+        require_groups(train.rows, train.groups, recipe.adapter.row_groups)
     if data.eval:
         held_out = build_rows(data, tokenizer, data.eval).rows
         return train.rows, held_out, train.report.content_hash

@@ -33,7 +33,7 @@ class StepResult:
         aux: scalar, the step's auxiliary loss.
         counts: supervised tokens and questions.
         tokens: real tokens that went through the backbone.
-        loads: how busy the experts were in the last pass (all passes see the same routers in the same order).
+        loads: how busy the experts were, pass by pass.
     """
 
     loss: Tensor
@@ -74,7 +74,7 @@ def accumulate_gradients(
     loads: list[ExpertLoad] = []
     for batch in batches:
         batch = batch.to(device)
-        with AdapterContext(token_mask=batch.token_mask) as context:
+        with AdapterContext(token_mask=batch.token_mask, groups=batch.groups, prompt_mask=batch.prompt_mask) as context:
             share = objective(model, batch, counts)
         pass_aux = context.aux_loss(totals).to(share.loss)
         if several and not aux_over_step:
@@ -83,7 +83,7 @@ def accumulate_gradients(
         loss, nll, correct = loss + share.loss.detach(), nll + share.nll, correct + share.correct
         # With totals every pass reports the loss of the whole step; otherwise passes add up.
         aux = pass_aux.detach() if totals is not None else aux + pass_aux.detach()
-        loads = context.loads
+        loads += context.loads
     tokens = sum(int(batch.token_mask.sum()) for batch in batches)
     return StepResult(loss, nll, correct, aux, counts, tokens, loads)
 
@@ -97,7 +97,9 @@ def _statistics(model: nn.Module, batches: Sequence[Batch], device: torch.device
         for batch in batches:
             batch = batch.to(device)
             nowhere = batch.sources.new_empty(0)
-            with AdapterContext(token_mask=batch.token_mask) as context:
+            with AdapterContext(
+                token_mask=batch.token_mask, groups=batch.groups, prompt_mask=batch.prompt_mask
+            ) as context:
                 target_logits(model, replace(batch, sources=nowhere, targets=nowhere))
             sums = context.statistics()
             if not sums:

@@ -12,7 +12,7 @@ import smore_cli
 from smore_cli.cli import main
 from smore_cli.errors import CheckFailed, CheckpointError, DataError, Interrupted, SmoreError
 
-COMMANDS = ["train", "eval", "merge", "inspect-routing", "recipe", "data", "doctor"]
+COMMANDS = ["train", "eval", "merge", "import", "inspect-routing", "recipe", "data", "doctor"]
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "numpy", "lm_eval"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -114,10 +115,16 @@ def test_a_row_knows_how_many_tokens_it_takes() -> None:
 
 
 def test_moving_a_batch_keeps_every_tensor() -> None:
-    batch = collate([THREE, TWO], pad_token_id=PAD)
+    batch = collate([replace(THREE, group=1), replace(TWO, group=0)], pad_token_id=PAD)
+    assert batch.groups is not None and batch.groups.tolist() == [1, 0]
     moved = batch.to(torch.device("meta"))
     assert all(getattr(moved, name).is_meta for name in batch.__dataclass_fields__)
     assert moved.attention_mask.shape == batch.attention_mask.shape
+
+
+def test_rows_without_a_group_make_a_batch_without_groups() -> None:
+    batch = collate([replace(THREE, group=1), TWO], pad_token_id=PAD)
+    assert batch.groups is None and batch.to(torch.device("cpu")).groups is None
 
 
 # What a model makes of it.

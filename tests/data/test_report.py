@@ -13,6 +13,7 @@ from smore_cli.data.report import DataReport, SourceReport, content_hash, name_r
 ROW = Row([1, 2], [[3, 4], [5]], [[True, False], [True]], gold=1)
 OTHERS = [
     replace(ROW, gold=0),
+    replace(ROW, group=0),
     replace(ROW, prompt=[1]),
     replace(ROW, prompt=[2, 1]),
     replace(ROW, prompt=[1, 2, 3], branches=[[4], [5]], supervised=[[False], [True]]),

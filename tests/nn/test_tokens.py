@@ -97,51 +97,6 @@ def test_generation_with_a_cache_equals_full_forward_passes(model: nn.Module, le
         assert out == expected
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("lengths", [(6,), (6, 3, 4)])
-def test_logits_of_cached_decoding_equal_a_full_forward_pass(
-    model: nn.Module, lengths: tuple[int, ...], side: str
-) -> None:
-    rows_, new = prompts(*lengths), prompts(*[2] * len(lengths))
-    width = max(lengths)
-
-    def padded(row: list[int], fill: int) -> list[int]:
-        padding = [fill] * (width - len(row))
-        return padding + row if side == "left" else row + padding
-
-    mask = torch.tensor([padded([1] * len(row), 0) for row in rows_])
-    positions = torch.tensor([padded(list(range(len(row))), 0) for row in rows_])
-    with torch.no_grad():
-        ids = torch.tensor([padded(row, 0) for row in rows_])
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        for step in range(2):
-            mask = torch.cat([mask, torch.ones(len(rows_), 1, dtype=mask.dtype)], 1)
-            out = model(
-                input_ids=torch.tensor([[extra[step]] for extra in new]),
-                attention_mask=mask,
-                position_ids=torch.tensor([[len(row) + step] for row in rows_]),
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
-            for i, row in enumerate(rows_):
-                expected = alone(model, row + new[i][: step + 1])[-1]
-                torch.testing.assert_close(out.logits[i, -1], expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_logits_of_real_tokens(model: nn.Module, side: str) -> None:
-    row = prompts(5)[0]
-    filler = [9, 8, 7]
-    ids, mask = (filler + row, [0] * 3 + [1] * 5) if side == "left" else (row + filler, [1] * 5 + [0] * 3)
-    positions = [0, 0, 0, *range(5)] if side == "left" else [*range(5), 0, 0, 0]
-    with torch.no_grad(), AdapterContext(token_mask=torch.tensor([mask])):
-        out = model(
-            input_ids=torch.tensor([ids]), attention_mask=torch.tensor([mask]), position_ids=torch.tensor([positions])
-        )
-    real = out.logits[0, 3:] if side == "left" else out.logits[0, :5]
-    torch.testing.assert_close(real, alone(model, row), rtol=1e-5, atol=1e-5)
-
-
 # 8. Masks.
 
 

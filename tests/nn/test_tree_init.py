@@ -129,3 +129,34 @@ def test_with_b_zero_the_first_step_moves_only_the_up_projections(tiny_llama: Pa
     model(input_ids=ids, labels=ids).loss.backward()
     for module in adapted_modules(model).values():
         assert moved(module.adapters["default"]) == {"B.0", "B.1", "b.0", "b.1", "w.0", "p"}
+
+
+@pytest.mark.parametrize("init", ["w_final_zero", "eq_1_layer", "b_zero", "bw_zero", "normal"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gate": "dense"},
+        {"gate": "noisy_topk", "fanout": [1, 2]},
+        {"aux_loss_coefficient": 0.0},
+        {"fanout": [1, 3]},  # all experts of the upper pool: its balance loss is constant
+        {"fanout": [3, 1]},
+        {"shared_pool": True, "rank": [2, 2]},
+        {"rank": [1, 2, 2], "num_experts": [3, 3, 3], "fanout": [2, 2, 2], "activation": "prelu"},
+        {"activation_position": "child_v2"},
+        {"activation_position": "child"},
+    ],
+)
+def test_the_parameters_without_a_first_gradient_are_those_declared(init: str, fields: dict[str, Any]) -> None:
+    shape: dict[str, Any] = {"rank": [1, 2], "num_experts": [3, 3], "fanout": [2, 2], "router_activation": "tanh"}
+    if init == "eq_1_layer" and "rank" not in fields:
+        shape["rank"] = [2, 2]
+    tree = random_tree(randomise=False, init=init, **{**shape, **fields}).train()
+    x = rows(64, 6)
+    torch.manual_seed(0)
+    with AdapterContext() as context:
+        out = tree(x, x.new_zeros(64, 5))
+    ((out * rows(64, 5, seed=7)).sum() + context.aux_loss()).backward()
+    # Where everything is picked, the gradient of the constant balance loss is 0 up to rounding.
+    silent = {name for name, p in tree.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-15}
+    assert silent == tree.silent_at_start()

@@ -1,0 +1,104 @@
+"""What a router may do beside picking: soften its distribution, jitter its input, and keep experts from overflowing.
+
+    logits z = R (x * noise) / temperature          noise ~ U(1 - jitter, 1 + jitter), while training
+
+A capacity bounds how many tokens of one sequence an expert takes, in the order of their arrival (Switch Transformer,
+section 2.2). A token that comes too late keeps its pick but gets the gate 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smore_cli.nn.balance import masked_sum
+from smore_cli.nn.context import current_context
+from smore_cli.nn.router import Router, Routing
+
+if TYPE_CHECKING:
+    from smore_cli.nn.context import AdapterContext
+    from smore_cli.nn.router import RouterInit
+    from smore_cli.nn.selection import Selector
+
+__all__ = ["RouterZLoss", "SwitchRouter", "within_capacity"]
+
+
+class SwitchRouter(Router):
+    """A router that is noisy and bounded while training, and the plain one in evaluation.
+
+    The capacity acts in training alone: cached decoding sees one token at a time and could not count those before it,
+    so a model that drops tokens would answer otherwise with a cache than without.
+
+    Attributes:
+        temperature: divides the logits.
+        jitter: relative size of the noise on the router's input; the experts see the input as it is.
+        capacity: real tokens of one sequence (the last dimension but one of the features) an expert takes; None: all.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_experts: int,
+        *,
+        select: Selector | None = None,
+        init: RouterInit = "kaiming",
+        temperature: float = 1.0,
+        jitter: float = 0.0,
+        capacity: int | None = None,
+    ) -> None:
+        super().__init__(features, num_experts, select=select, init=init)
+        self.temperature, self.jitter, self.capacity = temperature, jitter, capacity
+
+    def forward(self, features: Tensor) -> Routing:
+        """Routes (..., S, d) features; everything is computed in float32 or wider."""
+        length = features.shape[-2] if features.dim() > 1 else 1
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            if self.training and self.jitter > 0:
+                features = features * torch.empty_like(features).uniform_(1 - self.jitter, 1 + self.jitter)
+            logits = F.linear(features, self.weight).view(-1, self.groups, self.num_experts) / self.temperature
+            probabilities = torch.softmax(logits, -1)
+            gates, picked = self.select(probabilities)
+        if self.training and self.capacity is not None and picked is not None:
+            context = current_context()
+            real = None if context is None else context.flat_mask(len(picked), picked.device)
+            gates = gates * within_capacity(picked, real, length=length, capacity=self.capacity)
+        return Routing(logits, probabilities, gates, picked)
+
+
+def within_capacity(picked: Tensor, real: Tensor | None, *, length: int, capacity: int) -> Tensor:
+    """Returns which places in the queues of the experts are within the capacity, (N, G, s) bool.
+
+    Args:
+        picked: (N, G, s) bool, sequence by sequence.
+        real: (N,) bool, the tokens that take a place; None: all.
+        length: tokens of a sequence, padding included.
+        capacity: how many places an expert has for each sequence.
+    """
+    counted = picked if real is None else picked & real[:, None, None]
+    place = counted.view(-1, length, *picked.shape[1:]).cumsum(1)  # a token's own place included, from 1
+    return (place <= capacity).view(picked.shape)
+
+
+@dataclass(frozen=True)
+class RouterZLoss:
+    """coefficient * mean of logsumexp(z)^2 over real tokens, which keeps logits small (the z-loss of ST-MoE).
+
+    Sums: row 0 squared logsumexp, row 1 the number of decisions.
+    """
+
+    coefficient: float
+
+    def sums(self, routing: Routing, context: AdapterContext) -> Tensor:
+        """Returns (2, 1)."""
+        squares = routing.logits.logsumexp(-1, keepdim=True).square()  # (N, G, 1)
+        mask = context.flat_mask(len(squares), squares.device)
+        return torch.stack([masked_sum(row, mask) for row in (squares, torch.ones_like(squares))])
+
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Maps (..., 2, 1) to (...); 0 where no decision was counted."""
+        return self.coefficient * sums[..., 0, 0] / sums[..., 1, 0].clamp_min(1)
