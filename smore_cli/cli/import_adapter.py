@@ -23,7 +23,11 @@ def import_command(
     ] = None,
     embedder: Annotated[
         str | None,
-        typer.Option("--embedder", metavar="MODEL", help="T-REX: what the centroids were made with; default: nomic."),
+        typer.Option(
+            "--embedder",
+            metavar="MODEL",
+            help="T-REX: what the centroids were made with; default: nomic-embed-text-v1.",
+        ),
     ] = None,
 ) -> None:
     """Convert an adapter of PEFT, S'MoRE's or T-REX's released code, or MoE-PEFT (MixLoRA, MoLA, DynMoLE)."""

@@ -15,7 +15,8 @@ alpha = r, dropout 0.1, every M_e and A as `nn.Linear` starts, B = 0.
 
 Deviations from the released code: dropout on the input of A only, where the code also drops elements of every token's
 mixed matrix and of its output; the mixed matrix of a token is never formed; the router computes in float32; the code's
-optional loss that makes the M_e orthogonal to each other, off by default, is left out, and so is routing on x.
+optional loss that makes the M_e orthogonal to each other, off by default, is left out, and so is routing on x; all
+linear maps are adapted unless `target_modules` says otherwise (the code: q, k, v, o, up and down).
 """
 
 from __future__ import annotations

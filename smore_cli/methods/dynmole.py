@@ -169,7 +169,8 @@ class DynMoLEConfig(MethodConfig):
         if self.entropy_loss_coefficient > 0:
             entropy = EntropyLoss(self.entropy_loss_coefficient, self._entropy(True), self.entropy_over_padding)
             losses.append(AcrossRouters(entropy))
-        if self.aux_loss_coefficient > 0:
+        constant = self.balance_fractions == "hard" and self.top_k == self.num_experts  # every F is then 1
+        if self.aux_loss_coefficient > 0 and not constant:
             if self.balance_fractions == "soft":
                 balance = SwitchBalanceLoss(self.aux_loss_coefficient, "gate_mass")
             else:

@@ -10,7 +10,8 @@ Paper: Tian et al., "HydraLoRA: An Asymmetric LoRA Architecture for Efficient Fi
 https://arxiv.org/abs/2404.19245
 
 Deviations: the number of heads is a setting; the paper finds it by clustering the corpus. There is no auxiliary loss,
-as in the paper (the released code has one that is always zero).
+as in the paper (the released code has one that is always zero). All linear maps are adapted unless `target_modules`
+says otherwise (the released script: gate, up and down; the paper's tables: q and v, by their sizes).
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class LoRAMoEConfig(MethodConfig):
             router=Router(site.in_features, self.num_experts),
             scale=self.alpha / self.rank,
             dropout=self.dropout,
-            losses=[loss] if self.aux_loss_coefficient > 0 else [],
+            losses=[loss] if self.aux_loss_coefficient > 0 and self.num_experts > 1 else [],
             expert_axes=BLOCK_EXPERTS,
         )
 

@@ -165,7 +165,7 @@ class MixLoRAConfig(MethodConfig):
         from smore_cli.nn.switch import RouterZLoss
 
         losses: list[RouterLoss] = []
-        if self.aux_loss_coefficient > 0:
+        if self.aux_loss_coefficient > 0 and self._picks != self.num_experts:  # where all are picked it is constant
             losses.append(SwitchBalanceLoss(self.aux_loss_coefficient))
         if self.router == "switch" and self.z_loss_coefficient > 0:
             losses.append(RouterZLoss(self.z_loss_coefficient))

@@ -16,7 +16,7 @@ contrastive learning that makes experts learn distinct features, against random 
 ASSUMPTIONS, so that this is MoELoRA's idea and not a reproduction: the contrast is the supervised contrastive loss with
 cosine similarity, an output's expert as its label; it compares outputs of the same sequence, each before its gate, at
 most `contrast_tokens` tokens of it; the balance loss is Switch's; 8 experts, 2 for a token, of rank 4 (32 split over
-them); temperature and all coefficients.
+them), alpha 8, dropout 0.05; temperature and all coefficients.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class MoLAConfig(MethodConfig):
         from smore_cli.nn.selection import TopK
 
         s = site.at_depth(self.num_experts)
-        balanced = self.aux_loss_coefficient > 0 and s > 1  # one expert leaves nothing to balance
+        balanced = self.aux_loss_coefficient > 0 and self.top_k < s  # where all are picked there is nothing to balance
         return Bank(
             site.in_features,
             site.out_features,

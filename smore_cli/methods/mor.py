@@ -14,7 +14,8 @@ paper puts it on MixLoRA and MoLA; here the experts are plain LoRA experts on ev
 
 ASSUMPTIONS: the main router weighs all sub-routers, by a softmax; distributions are mixed, not logits; the k experts
 are picked after mixing, from the mixed distribution, and their weights made to sum to 1; the balance loss is Switch's,
-of the mixed distribution, with coefficient 0.001; 8 experts of rank 8, 2 of them for a token, alpha 16 (MoLA's).
+of the mixed distribution, with coefficient 0.001; 8 experts of rank 8, 2 of them for a token, alpha 16, dropout 0.05
+(MoLA's).
 """
 
 from __future__ import annotations

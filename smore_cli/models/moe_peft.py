@@ -58,7 +58,9 @@ def expert_settings(values: Mapping[str, Any], own: Mapping[str, Any] | None = N
         "alpha": alpha,
         "dropout": float(read("lora_dropout")),
     }
-    if (coefficient := values.get("router_aux_loss_coef")) is not None:  # in its recipes, not in its own adapters
+    if values.get("router_loss") is False:
+        settings["aux_loss_coefficient"] = 0.0
+    elif (coefficient := values.get("router_aux_loss_coef")) is not None:  # in its recipes, not in its own adapters
         settings["aux_loss_coefficient"] = float(coefficient)
     return settings
 

@@ -48,7 +48,7 @@ _TREX_MARKS = (".omg.weight", ".binary_main_gate_weight.weight")
 _SAID_ELSEWHERE = frozenset(
     """auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode init_lora_weights
     init_moe_weights layer_forward_mode layers_to_transform lora_init lora_scaling moe_dropout name peft_type revision
-    router_init_range router_loss routing_strategy target_modules task_name task_type""".split()  # noqa: SIM905
+    router_init_range routing_strategy target_modules task_name task_type""".split()  # noqa: SIM905
 )
 
 

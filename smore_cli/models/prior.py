@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,14 +118,12 @@ def read_centroids(path: str | Path) -> Tensor:
     path = Path(path).expanduser()
     try:
         found = _read(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"centroids {path}: {one_line(error)}") from error
-    except Exception as error:  # of the unpickler, which is not allowed to run anything
-        if type(error).__name__ != "UnpicklingError":
-            raise
+        if isinstance(found, list | tuple) and found and all(isinstance(row, Tensor) for row in found):
+            found = torch.stack([row.reshape(-1) for row in found])
+    except UnpicklingError as error:  # the unpickler is not allowed to run anything
         raise DataError(f"centroids {path}: it holds more than tensors", "save a plain tensor, or .npy") from error
-    if isinstance(found, list | tuple) and found and all(isinstance(row, Tensor) for row in found):
-        found = torch.stack([row.reshape(-1) for row in found])
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"centroids {path}: {one_line(error) or type(error).__name__}", "is it damaged?") from error
     if not isinstance(found, Tensor) or found.dim() != 2 or not found.is_floating_point():
         raise DataError(f"centroids {path}: it does not hold one matrix of floating-point numbers, a row a centroid")
     if not found.isfinite().all():
@@ -164,6 +163,8 @@ def fit_prior(
     Raises:
         UsageError: there are too few different prompts, or the embedder or the file of centroids cannot be used.
     """
+    if isinstance(prior.clustering, CentroidFile):
+        read_centroids(prior.clustering.path)  # a mistake in it shows before anything is embedded
     counts = Counter(tuple(prompt) for prompt in prompts)  # in the order of the rows
     different = list(counts)
     clustered = [different[i] for i in prior.clustering.sample(len(different))]

@@ -51,6 +51,10 @@ class Adapter(nn.Module, ABC):
         """Names of the parameters whose very first gradient is exactly zero, as A's is while B = 0."""
         return frozenset()
 
+    def without_choice(self) -> frozenset[str]:
+        """Names of the parameters that never have a gradient: of a router with one expert, whose gate is always 1."""
+        return frozenset()
+
 
 class AdaptedModule(nn.Module):
     """Stands in a model where a linear map (or a gated MLP) stood, and holds it unchanged as `base`.

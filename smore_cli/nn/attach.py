@@ -180,6 +180,10 @@ def find_targets(
             raise AdapterError(f"target_modules: '{target}' matches no {kind}", f"this model has: {available}")
         _require_every_layer(model, target, matches)
         found.update(matches)
+    if mlps and not found & mlps.keys():
+        raise AdapterError(
+            "target_modules: names no gated MLP, so there is nothing to mix", "add mlp, or use method lora"
+        )
     inside = sorted(path for path in found if any(path.startswith(f"{mlp}.") for mlp in found & mlps.keys()))
     if inside:
         raise AdapterError(f"target_modules: {inside[0]} is part of a gated MLP that is adapted as a whole", "drop one")

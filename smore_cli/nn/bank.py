@@ -105,4 +105,8 @@ class Bank(Adapter):
     def silent_at_start(self) -> frozenset[str]:
         """While B = 0 only B has a gradient, and the router where a loss of its own reaches it."""
         reached = {"B"} | {name for name, _ in self.named_parameters() if self.losses and name.startswith("router.")}
-        return frozenset(name for name, _ in self.named_parameters() if name not in reached)
+        return frozenset(name for name, _ in self.named_parameters() if name not in reached) | self.without_choice()
+
+    def without_choice(self) -> frozenset[str]:
+        """The weight of a router with one expert."""
+        return frozenset({"router.weight"} if self.router.num_experts == 1 else ())

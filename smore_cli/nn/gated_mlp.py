@@ -103,9 +103,12 @@ class GatedExperts(Adapter):
 
     def silent_at_start(self) -> frozenset[str]:
         """While all B = 0 every expert is the backbone's MLP: only B have a gradient, and a router that has a loss."""
-        routed = self.losses and self.router.num_experts > 1  # the probability of an only expert is always 1
-        reached = {f"{name}_B" for name in _MAPS} | ({"router.weight"} if routed else set())
-        return frozenset(name for name, _ in self.named_parameters() if name not in reached)
+        reached = {f"{name}_B" for name in _MAPS} | ({"router.weight"} if self.losses else set())
+        return frozenset(name for name, _ in self.named_parameters() if name not in reached) | self.without_choice()
+
+    def without_choice(self) -> frozenset[str]:
+        """The weight of a router with one expert."""
+        return frozenset({"router.weight"} if self.router.num_experts == 1 else ())
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Refuses: what the experts do inside the MLP cannot be added to its output; `adapted` is the way in."""

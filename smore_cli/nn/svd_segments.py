@@ -96,7 +96,7 @@ class SegmentBank(Bank):
 
     def silent_at_start(self) -> frozenset[str]:
         """Nothing, as A and B are not zero; but the gate of a single expert is always 1."""
-        return frozenset({"router.weight"} if self.router.num_experts == 1 else ())
+        return self.without_choice()
 
 
 def svd_segments(weight: Tensor, num_experts: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:

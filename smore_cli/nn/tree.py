@@ -118,6 +118,16 @@ class Tree(Adapter):
         reached |= {f"router.{name}" for name in self.router.reached_by_loss()}
         return frozenset(name for name, _ in self.named_parameters() if name not in reached)
 
+    def without_choice(self) -> frozenset[str]:
+        """Of a level with one expert: its MLP, and what serves no level below it that has more."""
+        free = {l for l, s in enumerate(self.num_experts) if s > 1}
+        names = {name for name, _ in self.named_parameters()}
+        found = set() if free else {name for name in names if name.startswith("router.down.")}
+        for l in set(range(len(self.num_experts))) - free:
+            own = f"router.levels.{l}."
+            found |= {n for n in names if n.startswith(own) and (n != f"{own}keys" or not any(m < l for m in free))}
+        return frozenset(found)
+
     def _select_blocks(self) -> None:
         """B and W as selectors: with identity activation the tree is then one layer of LoRA experts."""
         with torch.no_grad():

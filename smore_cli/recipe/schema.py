@@ -183,8 +183,9 @@ class TrainConfig(Section):
     on_collapse: Annotated[
         Literal["warn", "stop"],
         Field(
-            description="what to do when a router sends nearly everything to the same experts, over all steps between "
-            "two lines of metrics. warn: a line; stop: save a checkpoint and end with an error"
+            description="what to do when routers send nearly everything to the same experts, over all steps between "
+            "two lines of metrics. warn: a line; stop: save a checkpoint and end with an error, where more than a "
+            "tenth of the routers do and no fewer than at the line before"
         ),
     ] = "warn"
     logging_steps: Annotated[int, Field(description="steps between lines of metrics.jsonl", ge=1)] = 10

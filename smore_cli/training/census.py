@@ -84,8 +84,8 @@ class Census:
         return coverage_table({path: (total - wrong[path], total) for path, total in self.tensors.items()})
 
 
-def take_census(setup: Setup, say: Callable[[str], None]) -> None:
-    """Takes the census of a run that is about to start, and says what it found.
+def take_census(setup: Setup, say: Callable[[str], None]) -> Census:
+    """Takes the census of a run that is about to start, says what it found in a line, and returns it.
 
     Raises:
         CheckFailed: some tensor would not be trained as its method says; the message names it.
@@ -103,7 +103,7 @@ def take_census(setup: Setup, say: Callable[[str], None]) -> None:
     setup.seconds["census"] = round(time.perf_counter() - started, 2)
     say(census.line())
     if not census.problems:
-        return
+        return census
     for line in census.table():
         say(line)
     shown = "; ".join(f"{tensor}: {problem}" for tensor, problem in islice(census.problems.items(), 5))

@@ -29,8 +29,7 @@ def dry_run(recipe: Recipe) -> list[str]:
         print(line, file=sys.stderr)
 
     setup = prepare(recipe, say)
-    if recipe.train.gradient_census:
-        take_census(setup, say)
+    coverage = take_census(setup, say).table() if recipe.train.gradient_census else []
     dtype = next(p.dtype for p in setup.model.parameters() if p.is_floating_point() and not p.requires_grad)
     pad = int(setup.tokenizer.pad_token_id)
     batches = [
@@ -49,6 +48,7 @@ def dry_run(recipe: Recipe) -> list[str]:
     seconds = time.perf_counter() - started
     return [
         *setup.describe(),
+        *coverage,
         f"first step: loss {float(result.loss):.4f}, {result.tokens} tokens ({result.counts.tokens} supervised), "
         f"{seconds:.1f} s without warm-up",
         "nothing was written",

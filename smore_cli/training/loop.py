@@ -132,7 +132,7 @@ class Run:
         state: how far it is.
         latest: the newest training and evaluation numbers.
         watch: how the routers spread their tokens.
-        alarm: what was said of routers that have collapsed, if any have by the newest line of numbers.
+        alarm: what there is to say of routers that have collapsed, where it lasts.
     """
 
     def __init__(self, setup: Setup, run_dir: Path, reporter: Reporter) -> None:
@@ -239,7 +239,7 @@ class Run:
         self.reporter.metrics(values)
         if news := self.watch.news(routers):
             self.reporter.say(f"warning: {news}")
-        self.alarm = collapse_line(routers) if self.watch.collapsed else None
+        self.alarm = collapse_line(routers) if self.watch.lasting else None
 
     def evaluate(self) -> None:
         """Adds a line with the loss on the held-out rows, if there are any."""

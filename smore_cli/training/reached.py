@@ -80,7 +80,10 @@ class Reached:
         picked = {level: picks.of_expert[adapter, level] for level in levels if (adapter, level) in picks.of_expert}
         self.experts = sum(len(experts) for experts in picked.values())
         self.unpicked = sum(int((~experts).sum()) for experts in picked.values())
+        without_choice = adapter.without_choice()
         for name, parameter in adapter.named_parameters():
+            if name in without_choice:
+                continue
             level, dim = adapter.expert_axes.get(name, (-1, 0))
             if problem := _problem(parameter.grad, picked.get(level), dim):
                 self.problems[name] = problem
@@ -107,6 +110,9 @@ def _problem(gradient: Tensor | None, picked: Tensor | None, dim: int) -> str | 
         return "no gradient reaches it"
     if picked is None:
         return None
-    experts = gradient.movedim(dim, 0).reshape(len(picked), -1)  # (s, the rest)
+    blocks = gradient.movedim(dim, 0)
+    if len(blocks) % len(picked):
+        return f"its {len(blocks)} rows along dimension {dim} (expert_axes) are not blocks of {len(picked)} experts"
+    experts = blocks.reshape(len(picked), -1)  # (s, the rest)
     missing = (picked & ~experts.any(1)).nonzero().flatten().tolist()
     return f"no gradient reaches experts {', '.join(map(str, missing))}, which got tokens" if missing else None

@@ -35,6 +35,9 @@ COLLAPSED_SPARSE = 0.1
 COLLAPSED_DENSE = 1.1
 """Effective experts by gate mass, below which a router that mixes all experts has collapsed."""
 
+LASTING = 0.1
+"""Share of the routers that must have collapsed for a run to be stopped."""
+
 
 @dataclass(frozen=True)
 class RouterHealth:
@@ -87,6 +90,8 @@ class RoutingWatch:
 
     Attributes:
         collapsed: how many routers had collapsed at the last line.
+        lasting: whether these are more than a tenth of all, and no fewer than at the line before. A router often starts
+            collapsed and is spread by its balance loss, so that a number that falls is no reason to stop.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,6 +99,7 @@ class RoutingWatch:
         self._paths = {adapter: path for path, module in modules.items() for adapter in module.adapters.values()}
         self._loads: dict[tuple[nn.Module, int], ExpertLoad] = {}
         self.collapsed = self._told = 0
+        self.lasting = False
 
     def add(self, loads: Sequence[ExpertLoad]) -> None:
         """Adds the loads of a step; nothing waits for the device."""
@@ -116,7 +122,8 @@ class RoutingWatch:
 
     def news(self, routers: Sequence[RouterHealth]) -> str | None:
         """Returns a line about collapsed routers where it is news: the first, or a tenth more than were told of."""
-        self.collapsed = sum(router.collapsed for router in routers)
+        before, self.collapsed = self.collapsed, sum(router.collapsed for router in routers)
+        self.lasting = self.collapsed > LASTING * len(routers) and self.collapsed >= before > 0
         if self.collapsed <= 1.1 * self._told:
             self._told = self._told if self.collapsed else 0
             return None

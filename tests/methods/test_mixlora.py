@@ -46,6 +46,11 @@ def site(kind: Any = "gated_mlp", d: int = 12, hidden: int = 20) -> Site:
 # Where it sits.
 
 
+def test_targets_without_a_gated_mlp_are_refused(tiny_llama: Path) -> None:
+    with pytest.raises(AdapterError, match="names no gated MLP, so there is nothing to mix"):
+        attach(llama(tiny_llama), MixLoRAConfig(target_modules=["q_proj", "v_proj"]))
+
+
 def test_llama_2_7b_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(

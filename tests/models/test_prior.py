@@ -388,3 +388,19 @@ def test_a_real_sentence_embedder_sorts_prompts_by_topic(tiny_llama: Path) -> No
     embedder.tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     likeness = (vectors := embedder(llama(tiny_llama), prompts(tiny_llama, texts))) @ vectors.T
     assert likeness[0, 1] > likeness[0, 2] and likeness[2, 3] > likeness[1, 3]
+
+
+@pytest.mark.parametrize("kind", ["empty.pt", "empty.npy", "garbage.pt", "text.npy", "ragged.pt", "archive.npy"])
+def test_damaged_centroids_are_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / kind
+    path.write_bytes(b"" if kind.startswith("empty") else b"hello")
+    if kind == "text.npy":
+        np.save(path, np.array(["a", "b"]))
+    elif kind == "ragged.pt":
+        torch.save([torch.zeros(3), torch.zeros(4)], path)
+    elif kind == "archive.npy":
+        with path.open("wb") as file:
+            np.savez(file, a=np.zeros(3))
+    with pytest.raises(DataError) as caught:
+        read_centroids(path)
+    assert str(path) in caught.value.message and "\n" not in caught.value.message

@@ -12,6 +12,7 @@ import torch
 
 from smore_cli.data.batch import collate
 from smore_cli.errors import CheckFailed
+from smore_cli.methods import config_from_dict
 from smore_cli.methods.hydralora import HydraLoRAConfig
 from smore_cli.methods.lora import LoRAConfig
 from smore_cli.nn import adapted_modules, attach, checkpoint_contexts
@@ -63,6 +64,23 @@ def fresh(tiny_llama: Path, config: MethodConfig) -> nn.Module:
     model = llama(tiny_llama)
     attach(model, config)
     return model
+
+
+ONE_EXPERT: list[dict[str, Any]] = [
+    *({"method": name, "num_experts": 1, "top_k": 1} for name in ("dynmole", "goat", "mixlora", "mola", "moelora")),
+    *({"method": name, "num_experts": 1} for name in ("comol", "hydralora", "mode", "omoe")),
+    {"method": "mor", "num_experts": 1, "top_k": 1, "num_routers": 1},
+    {"method": "loramoe", "num_experts": 1, "delta": 0.0},
+    {"method": "trex", "num_down": 1, "num_up": 1, "prior": "none"},
+    {"method": "smore", "rank": [2, 2], "num_experts": [1, 1], "fanout": [1, 1]},
+    {"method": "smore", "rank": [2, 2], "num_experts": [3, 1], "fanout": [2, 1]},
+    {"method": "smore", "rank": [2, 2], "num_experts": [1, 3], "fanout": [1, 2]},
+]
+
+
+@pytest.mark.parametrize("values", ONE_EXPERT, ids=lambda values: f"{values['method']}-{values.get('num_experts', 1)}")
+def test_a_router_with_one_expert_has_nothing_to_learn_and_passes(tiny_llama: Path, values: dict[str, Any]) -> None:
+    assert census(fresh(tiny_llama, config_from_dict(values))).problems == {}
 
 
 @pytest.mark.parametrize("case", ON_LLAMA.values(), ids=ON_LLAMA)
@@ -222,6 +240,14 @@ def test_a_run_that_could_not_train_ends_before_it_begins(
     ]
     with pytest.raises(CheckFailed):
         dry_run(load_recipe(path))
+
+
+def test_a_dry_run_shows_which_targets_of_which_layers_are_reached(make_recipe: MakeRecipe) -> None:
+    shown = dry_run(load_recipe(make_recipe(adapter={"method": "lora", "target_modules": ["q_proj", "up_proj"]})))
+    table = shown[shown.index(next(line for line in shown if line.startswith("reached"))) :]
+    assert [line.split() for line in table[:3]] == [
+        ["reached", "0-1"], ["self_attn.q_proj", "4/4"], ["mlp.up_proj", "4/4"],
+    ]  # fmt: skip
 
 
 def test_a_dry_run_takes_the_census_and_its_first_step_is_the_same(

@@ -167,6 +167,21 @@ def test_the_news_come_once_and_again_when_it_spreads() -> None:
     assert watch.news(bad) is not None and watch.news([]) is None and watch.news(bad[:1]) is not None
 
 
+def test_a_collapse_lasts_where_it_is_of_many_routers_and_does_not_shrink() -> None:
+    def lasting(*collapsed: int) -> list[bool]:
+        watch, found = RoutingWatch(torch.nn.Module()), []
+        for number in collapsed:
+            watch.news([router([1, 0] if i < number else [0.5, 0.5], 1, module=str(i)) for i in range(20)])
+            found.append(watch.lasting)
+        return found
+
+    assert lasting(9, 4, 3, 0) == [False] * 4  # the balance loss does its work
+    assert lasting(9, 9, 8, 8) == [False, True, False, True]
+    assert lasting(0, 5, 7) == [False, False, True]
+    assert lasting(2, 2, 2) == [False] * 3  # a tenth
+    assert lasting(3, 3) == [False, True]
+
+
 # In a run.
 
 COLLAPSING = {  # nothing keeps the router from it, and a giant step makes it
@@ -204,9 +219,9 @@ def test_a_run_reports_mean_and_worst_router_and_warns(
 def test_a_run_that_stops_for_collapse_keeps_its_checkpoint_and_can_go_on(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    settings = {"learning_rate": 3.0, "max_steps": 6, "logging_steps": 2}
+    settings = {"learning_rate": 3.0, "max_steps": 8, "logging_steps": 1, "lr_scheduler": "constant"}
     path = make_recipe(adapter=COLLAPSING, train={**settings, "on_collapse": "stop"})
-    with pytest.raises(SmoreError, match=r"routers send nearly everything .*saved .*checkpoint-(2|4)") as caught:
+    with pytest.raises(SmoreError, match=r"routers send nearly everything .*saved .*checkpoint-[2-7]") as caught:
         train(load_recipe(path), path.read_text())
     assert caught.value.exit_code == 1
     stopped = metrics(tmp_path / "run")
