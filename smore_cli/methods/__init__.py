@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from smore_cli.nn import Adapter
     from smore_cli.nn.prior import SequencePrior
 
-__all__ = ["MethodConfig", "Site", "SiteKind", "available_methods", "config_from_dict", "load_method"]
+__all__ = ["MethodConfig", "Site", "SiteKind", "available_methods", "config_from_dict", "load_method", "require_top_k"]
 
 T = TypeVar("T")
 
@@ -131,6 +131,26 @@ def load_method(name: str) -> type[MethodConfig]:
     if len(configs) != 1:
         raise TypeError(f"{module.__name__} must define exactly one MethodConfig, found {len(configs)}")
     return configs[0]
+
+
+def require_top_k(top_k: int, num_experts: int, *, renormalised: bool = True) -> None:
+    """Checks a number of picks, for a method's validator.
+
+    Args:
+        top_k: experts a token goes to.
+        num_experts: how many there are.
+        renormalised: whether the picked experts' weights are made to sum to 1.
+
+    Raises:
+        ValueError: there are not so many, or a single pick leaves the router nothing to learn.
+    """
+    if top_k > num_experts:
+        raise ValueError(f"top_k: {top_k} experts cannot be picked from {num_experts}")
+    if renormalised and top_k == 1 and num_experts > 1:
+        raise ValueError(
+            "top_k: a single pick, divided by its own sum, has weight 1 whatever the router says, so that the language "
+            "model's loss could never teach the router; pick at least 2"
+        )
 
 
 def config_from_dict(values: dict[str, Any]) -> MethodConfig:

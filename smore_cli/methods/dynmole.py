@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from smore_cli.methods import MethodConfig, Site
+from smore_cli.methods import MethodConfig, Site, require_top_k
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,8 +117,7 @@ class DynMoLEConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> DynMoLEConfig:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k: {self.top_k} experts cannot be picked from {self.num_experts}")
+        require_top_k(self.top_k, self.num_experts, renormalised=False)
         for field, value in RELEASED.items() if self.preset else ():
             if getattr(self, field) != value:
                 is_not = f"{value}, not {getattr(self, field)}".lower()

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from smore_cli.errors import AdapterError
-from smore_cli.methods import MethodConfig, Site
+from smore_cli.methods import MethodConfig, Site, require_top_k
 
 if TYPE_CHECKING:
     from smore_cli.nn import Adapter
@@ -62,13 +62,7 @@ class GOATConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> GOATConfig:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k: {self.top_k} experts cannot be picked from {self.num_experts}")
-        if self.top_k == 1 and self.num_experts > 1:
-            raise ValueError(
-                "top_k: a single pick, divided by its own sum, has weight 1 whatever the router says, so that the "
-                "language model's loss could never teach the router; pick at least 2"
-            )
+        require_top_k(self.top_k, self.num_experts)
         if self.rank % self.num_experts:
             raise ValueError(f"rank: {self.rank} cannot be split evenly over {self.num_experts} experts")
         if self.alpha is not None and self.eta != 1.0:

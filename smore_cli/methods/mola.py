@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from smore_cli.methods import MethodConfig, Site
+from smore_cli.methods import MethodConfig, Site, require_top_k
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,15 +64,8 @@ class MoLAConfig(MethodConfig):
     @model_validator(mode="after")
     def _consistent(self) -> MoLAConfig:
         counts = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
-        if self.top_k > min(counts):
-            raise ValueError(
-                f"top_k: {self.top_k} experts cannot be picked from {min(counts)}, the smallest num_experts"
-            )
-        if self.top_k == 1 and max(counts) > 1:
-            raise ValueError(
-                "top_k: a single pick, divided by its own sum, has weight 1 whatever the router says, so that the "
-                "language model's loss could never teach the router; pick at least 2"
-            )
+        for count in sorted(counts):
+            require_top_k(self.top_k, count)
         return self
 
     def build(self, site: Site) -> Adapter:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from smore_cli.methods import MethodConfig, Site
+from smore_cli.methods import MethodConfig, Site, require_top_k
 
 if TYPE_CHECKING:
     from smore_cli.nn import Adapter
@@ -47,13 +47,7 @@ class MoRConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> MoRConfig:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k: {self.top_k} experts cannot be picked from {self.num_experts}")
-        if self.top_k == 1 and self.num_experts > 1:
-            raise ValueError(
-                "top_k: a single pick, divided by its own sum, has weight 1 whatever the routers say, so that the "
-                "language model's loss could never teach them; pick at least 2"
-            )
+        require_top_k(self.top_k, self.num_experts)
         if self.num_routers > 1 and self.num_experts == 1:
             raise ValueError(f"num_routers: {self.num_routers} routers have nothing to choose from a single expert")
         return self
