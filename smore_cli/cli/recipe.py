@@ -13,6 +13,10 @@ app = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes
 
 _Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file.", show_default=False)]
 
+_Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe; repeatable.")
+]
+
 
 @app.command("list")
 def list_recipes() -> None:
@@ -30,12 +34,7 @@ def list_recipes() -> None:
 
 
 @app.command()
-def show(
-    recipe: _Recipe,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe; repeatable.")
-    ] = None,
-) -> None:
+def show(recipe: _Recipe, overrides: _Overrides = None) -> None:
     """Print a recipe with every default spelled out."""
     from smore_cli.recipe import dump_recipe, load_recipe
 
@@ -66,6 +65,7 @@ def copy(
 @app.command()
 def validate(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="YAML files.", show_default=False)],
+    overrides: _Overrides = None,
 ) -> None:
     """Check recipes; every problem is shown with its line and column."""
     from smore_cli.errors import RecipeError
@@ -74,7 +74,7 @@ def validate(
     problems, hints = [], []
     for path in recipes:
         try:
-            load_recipe(path)
+            load_recipe(path, overrides or [])
         except RecipeError as error:
             problems += error.problems
             hints.append(error.hint)

@@ -48,6 +48,13 @@ def test_validate_shows_the_problems_of_every_recipe(sound: Path, tmp_path: Path
     ]
 
 
+def test_validate_checks_a_recipe_with_its_overrides(sound: Path) -> None:
+    assert runner.invoke(app, ["validate", str(sound), "--set", "seed=7"]).stdout == f"{sound}: ok\n"
+    result = runner.invoke(app, ["validate", str(sound), "--set", "adapter.rank=0"])
+    assert isinstance(result.exception, RecipeError)
+    assert "--set adapter.rank=0" in result.exception.problems[0]
+
+
 def test_show_prints_the_resolved_recipe_with_overrides(sound: Path, tmp_path: Path) -> None:
     result = runner.invoke(app, ["show", str(sound), "--set", "seed=7", "--set", "train.learning_rate=1e-5"])
     shown = tmp_path / "shown.yaml"
