@@ -1,9 +1,9 @@
 """The gradient census: before the first step, is every tensor that trains reached by a gradient, and every expert?
 
-    pass 1   the true start         the tensors without a gradient are exactly those the adapters declare
+    pass 1      the true start      the tensors without a gradient are those the adapters declare
                                     (`Adapter.silent_at_start`: A while B = 0, say)
-    pass 2   everything nudged      every tensor has a finite gradient that is not zero, and so has the share of every
-    (and 3)  a little               expert that was picked; experts that were not picked yet are counted, no more
+    pass 2, 3   everything nudged   every tensor has a finite gradient that is not zero, and so has the share of every
+    (to 8)      a little            expert that was picked; experts that were not picked yet are counted, no more
 
 What the probe changes (parameters, gradients, random state) is put back bit for bit: the run is the same without it.
 """
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Census", "gradient_census", "take_census"]
 
-PROBES = 3
-"""Forward and backward passes at most."""
+PROBES = 8
+"""Forward and backward passes at most, of which so many are needed only where something is not reached."""
+ENOUGH = 2
+"""Nudged passes after which experts that no token went to are only counted."""
 NUDGE = 0.02
 """Size of the noise: relative to a tensor's own size, absolute where it is zero."""
 
@@ -53,6 +55,7 @@ class Census:
         experts: how many experts there are, over all modules.
         silent: names, within their adapters, of the tensors without a gradient at the start, as declared.
         not_picked: how many experts no token went to.
+        asleep: how many tensors only stronger noise made reachable, as a router whose ReLUs are off for every token.
         problems: what is wrong, by tensor.
     """
 
@@ -60,6 +63,7 @@ class Census:
     experts: int = 0
     silent: set[str] = field(default_factory=set)
     not_picked: int = 0
+    asleep: int = 0
     problems: dict[str, str] = field(default_factory=dict)
 
     def line(self) -> str:
@@ -74,6 +78,8 @@ class Census:
             parts.append(f"silent at the first step as declared: {', '.join(names)}")
         if self.not_picked:
             parts.append(f"experts not picked yet: {self.not_picked:,}")
+        if self.asleep and not self.problems:
+            parts.append(f"tensors that only stronger noise woke: {self.asleep:,}")
         return "; ".join(parts)
 
     def table(self) -> list[str]:
@@ -148,15 +154,28 @@ def gradient_census(
             backward(loss + context.aux_loss().to(loss))
 
         probe(batches[0])
+        undeclared: dict[str, list[str]] = defaultdict(list)  # paths of the modules, by tensor
         for path, adapter in adapters.items():
-            _check_start(census, path, adapter)
+            _check_start(census, path, adapter, undeclared)
+        for name, paths in undeclared.items():
+            # In some modules it may be the few tokens of one batch, as where a router's ReLUs are all off for them: the
+            # nudged passes tell. In all modules it is the method.
+            if len(paths) == sum(_expects(adapter, name) for adapter in adapters.values()):
+                said = "no gradient at the first step, which its method does not declare"
+                census.problems |= {f"{path}.{name}": said for path in paths}
+        for adapter in adapters.values():
+            adapter.zero_grad()
         _nudge(adapters.values())
         picks.of_expert.clear()
-        for batch in batches[1:] or batches:
+        for number, batch in enumerate(batches[1:] or batches, 1):
             probe(batch)  # gradients add up, as picks do
             found = {path: Reached(adapter, picks) for path, adapter in adapters.items()}
-            if all(reached.complete for reached in found.values()):
+            wrong = sum(len(reached.problems) for reached in found.values())
+            if not wrong and (number >= ENOUGH or all(reached.complete for reached in found.values())):
                 break
+            if number >= ENOUGH:  # ReLUs that are off for every token wake up; what is cut off stays so
+                census.asleep = max(census.asleep, wrong)
+                _nudge(adapters.values(), size=NUDGE * 2**number, seed=number)
         for path, reached in found.items():
             census.experts += reached.experts
             census.not_picked += reached.unpicked
@@ -181,20 +200,24 @@ def _put_back(adapters: dict[str, Adapter], device: torch.device) -> Iterator[No
 
 
 @torch.no_grad()
-def _nudge(adapters: Iterable[Adapter]) -> None:
-    """Adds a little noise to everything that trains, the same in every run, and clears the gradients."""
+def _nudge(adapters: Iterable[Adapter], size: float = NUDGE, seed: int = 0) -> None:
+    """Adds noise to everything that trains, the same in every run."""
     generators: dict[torch.device, torch.Generator] = {}
     for adapter in adapters:
         for parameter in adapter.parameters():
-            generator = generators.setdefault(parameter.device, torch.Generator(parameter.device).manual_seed(0))
+            generator = generators.setdefault(parameter.device, torch.Generator(parameter.device).manual_seed(seed))
             noise = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=parameter.dtype)
-            size = parameter.square().mean().sqrt()
-            parameter.add_(noise * NUDGE * torch.where(size > 0, size, 1.0))
-            parameter.grad = None
+            own = parameter.square().mean().sqrt()
+            parameter.add_(noise * size * torch.where(own > 0, own, 1.0))
 
 
-def _check_start(census: Census, path: str, adapter: Adapter) -> None:
-    """Compares the gradients at the true start with what the adapter declares."""
+def _expects(adapter: Adapter, name: str) -> bool:
+    """Whether an adapter has a parameter of that name, with a gradient at the start by its own declaration."""
+    return name in dict(adapter.named_parameters()) and name not in adapter.silent_at_start()
+
+
+def _check_start(census: Census, path: str, adapter: Adapter, undeclared: dict[str, list[str]]) -> None:
+    """Compares the gradients at the true start with what the adapter declares; `undeclared` gets what was not."""
     largest = max((float(p.grad.abs().amax()) for p in adapter.parameters() if p.grad is not None), default=0.0)
     declared = adapter.silent_at_start()
     for name, parameter in adapter.named_parameters():
@@ -206,4 +229,4 @@ def _check_start(census: Census, path: str, adapter: Adapter) -> None:
         elif name in declared:
             census.problems[f"{path}.{name}"] = "has a gradient at the first step, where its method declares none"
         elif size == 0:
-            census.problems[f"{path}.{name}"] = "no gradient at the first step, which its method does not declare"
+            undeclared[name].append(path)

@@ -112,9 +112,25 @@ def test_a_tensor_cut_off_from_the_loss_is_named(tiny_llama: Path) -> None:
     lora.forward = lambda x, y: forward(lora, x, y).detach() + 0 * x.sum()
     problems = census(model).problems
     assert problems == {
-        "model.layers.1.mlp.up_proj.lora_B": "no gradient at the first step, which its method does not declare",
+        "model.layers.1.mlp.up_proj.lora_B": "no gradient reaches it",
         "model.layers.1.mlp.up_proj.lora_A": "no gradient reaches it",
     }
+
+
+def test_what_one_batch_leaves_out_in_one_module_is_not_held_against_it(tiny_llama: Path) -> None:
+    model = fresh(tiny_llama, LoRAConfig(rank=2))
+    lora: Any = adapted_modules(model)["model.layers.1.mlp.up_proj"].adapters["default"]
+    forward, calls = type(lora).forward, []
+
+    def silent_for_a_while(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # as a router whose ReLUs are all off
+        calls.append(1)
+        out = forward(lora, x, y)
+        return out.detach() + 0 * x.sum() if len(calls) <= 4 else out
+
+    lora.forward = silent_for_a_while
+    found = census(model, batches(8))
+    assert found.problems == {} and found.line().endswith("tensors that only stronger noise woke: 2")
+    assert len(calls) == 5  # and no pass more than it takes
 
 
 def test_a_false_declaration_is_found_either_way(tiny_llama: Path) -> None:
