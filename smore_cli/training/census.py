@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smore_cli.data.batch import collate
 from smore_cli.errors import CheckFailed
 from smore_cli.nn import AdapterContext, adapted_modules
 from smore_cli.training.census_table import coverage_table
@@ -98,13 +97,8 @@ def take_census(setup: Setup, say: Callable[[str], None]) -> Census:
     """
     started = time.perf_counter()
     model = setup.accelerator.unwrap_model(setup.model)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
-    pad = int(setup.tokenizer.pad_token_id)
-    passes = (rows for step in range(PROBES) for rows in setup.plan.passes(step))
-    batches = [
-        collate([setup.train_rows[i] for i in rows], pad_token_id=pad, mask_dtype=dtype)
-        for rows in islice(passes, PROBES)
-    ]
+    passes = (batch for step in range(PROBES) for batch in setup.batches.step(step))
+    batches = list(islice(passes, PROBES))
     census = gradient_census(model, batches, setup.objective, device=setup.device, backward=setup.accelerator.backward)
     setup.seconds["census"] = round(time.perf_counter() - started, 2)
     say(census.line())

@@ -6,7 +6,6 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from smore_cli.data.batch import collate
 from smore_cli.training.census import take_census
 from smore_cli.training.setup import prepare
 from smore_cli.training.step import accumulate_gradients
@@ -30,16 +29,10 @@ def dry_run(recipe: Recipe) -> list[str]:
 
     setup = prepare(recipe, say)
     coverage = take_census(setup, say).table() if recipe.train.gradient_census else []
-    dtype = next(p.dtype for p in setup.model.parameters() if p.is_floating_point() and not p.requires_grad)
-    pad = int(setup.tokenizer.pad_token_id)
-    batches = [
-        collate([setup.train_rows[i] for i in rows], pad_token_id=pad, mask_dtype=dtype)
-        for rows in setup.plan.passes(0)
-    ]
     started = time.perf_counter()
     result = accumulate_gradients(
         setup.model,
-        batches,
+        setup.batches.step(0),
         setup.objective,
         device=setup.device,
         backward=setup.accelerator.backward,

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from smore_cli.atomic import write_text
-from smore_cli.data.batch import collate
 from smore_cli.errors import CheckpointError, Interrupted, SmoreError
 from smore_cli.models.adapter_files import save_adapter
 from smore_cli.models.tokenizer_files import save_tokenizer
-from smore_cli.nn import AdapterContext
 from smore_cli.recipe import dump_recipe
 from smore_cli.training.census import take_census
 from smore_cli.training.checkpoint import (
@@ -28,8 +21,8 @@ from smore_cli.training.checkpoint import (
     prune,
     save_checkpoint,
 )
+from smore_cli.training.held_out import held_out_loss
 from smore_cli.training.model_card import model_card
-from smore_cli.training.objective import Counts
 from smore_cli.training.progress import Reporter, make_reporter
 from smore_cli.training.routing_health import RoutingWatch, collapse_line, routing_summary
 from smore_cli.training.run_folder import (
@@ -42,12 +35,10 @@ from smore_cli.training.run_folder import (
 from smore_cli.training.same_run import require_same_run
 from smore_cli.training.setup import Setup, prepare
 from smore_cli.training.step import StepResult, accumulate_gradients
+from smore_cli.training.stopping import Stop, stop_signals
+from smore_cli.training.window import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from types import FrameType
-
-    from smore_cli.data.batch import Batch, Row
     from smore_cli.recipe.schema import Recipe
 
 __all__ = ["train"]
@@ -85,41 +76,13 @@ def train(recipe: Recipe, recipe_text: str, *, resume: bool = False, checkpoint:
     run.open(recipe_text)
     for line in setup.describe():
         reporter.say(line)
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
         reporter.start(setup.plan.total_steps, run.state.step)
         try:
             run.loop(stop)
         finally:
             reporter.stop()
     return run.finish()
-
-
-@dataclass
-class Stop:
-    """Set by a signal; looked at between steps."""
-
-    signal_name: str | None = None
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Stop]:
-    """Turns SIGINT and SIGTERM into a request to stop after the current step; a second one stops at once."""
-    stop = Stop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def request(number: int, _: FrameType | None) -> None:
-        stop.signal_name = signal.Signals(number).name
-        for other in numbers:
-            signal.signal(other, before[other])
-
-    for number in numbers:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])
 
 
 class Run:
@@ -139,8 +102,6 @@ class Run:
         self.setup, self.run_dir, self.reporter = setup, run_dir, reporter
         self.state = TrainerState(data_hash=setup.data_hash)
         self.latest: dict[str, Any] = {}
-        self.pad = int(setup.tokenizer.pad_token_id)
-        self.dtype = next(p.dtype for p in setup.model.parameters() if p.is_floating_point() and not p.requires_grad)
         self.environment = environment(setup.device)
         self.resumed_from: int | None = None
         self.watch = RoutingWatch(setup.accelerator.unwrap_model(setup.model))
@@ -197,7 +158,7 @@ class Run:
         setup, train = self.setup, self.setup.recipe.train
         result = accumulate_gradients(
             setup.model,
-            [self.batch([setup.train_rows[i] for i in rows]) for rows in setup.plan.passes(self.state.step)],
+            setup.batches.step(self.state.step),
             setup.objective,
             device=setup.device,
             backward=setup.accelerator.backward,
@@ -215,10 +176,6 @@ class Run:
         self.state.tokens += result.tokens
         self.state.supervised_tokens += result.counts.tokens
         return result
-
-    def batch(self, rows: Sequence[Row]) -> Batch:
-        """Returns rows as one forward pass's tensors."""
-        return collate(rows, pad_token_id=self.pad, mask_dtype=self.dtype)
 
     def log(self, window: Window) -> None:
         """Adds a line of training numbers."""
@@ -243,25 +200,10 @@ class Run:
 
     def evaluate(self) -> None:
         """Adds a line with the loss on the held-out rows, if there are any."""
-        rows, size = self.setup.eval_rows, self.setup.recipe.eval.batch_size
-        if not rows:
+        found = held_out_loss(self.setup)
+        if not found:
             return
-        model = self.setup.model
-        model.eval()
-        nll = correct = 0.0
-        by_length = sorted(rows, key=lambda row: row.length)
-        batches = [self.batch(by_length[i : i + size]) for i in range(0, len(rows), size)]
-        with torch.inference_mode():
-            for batch in batches:
-                batch = batch.to(self.setup.device)
-                with AdapterContext(token_mask=batch.token_mask, aux=False, prompt_mask=batch.prompt_mask):
-                    share = self.setup.objective(model, batch, Counts(1, 1))
-                nll, correct = nll + float(share.nll), correct + float(share.correct)
-        model.train()
-        values: dict[str, Any] = {"step": self.state.step, "eval_rows": len(rows)}
-        values["eval_loss"] = round(nll / max(Counts.of(batches).tokens, 1), 6)
-        if self.setup.objective.ranking:
-            values["eval_accuracy"] = round(correct / len(rows), 6)
+        values = {"step": self.state.step} | found
         self.latest.update(values)
         self.metrics.add(values)
         self.reporter.metrics(values)
@@ -310,28 +252,3 @@ class Run:
             "resumed_from": self.resumed_from,
             "result": result,
         }
-
-
-class Window:
-    """The steps between two lines of metrics, summed on the device."""
-
-    def __init__(self, since: float) -> None:
-        self.results: list[StepResult] = []
-        self.since = since
-
-    def add(self, result: StepResult) -> None:
-        """Adds a step."""
-        self.results.append(result)
-
-    def values(self, state: TrainerState) -> dict[str, Any]:
-        """Returns means over the window's steps."""
-        results = self.results
-        loss = float(torch.stack([result.loss for result in results]).mean())
-        aux = float(torch.stack([result.aux for result in results]).mean())
-        elapsed = state.seconds - self.since
-        tokens = sum(result.tokens for result in results)
-        values: dict[str, Any] = {"step": state.step, "loss": round(loss, 6), "aux_loss": round(aux, 6)}
-        values["tokens_per_second"] = round(tokens / max(elapsed, 1e-9), 1)
-        values["seconds"] = round(state.seconds, 2)
-        values["tokens"], values["supervised_tokens"] = state.tokens, state.supervised_tokens
-        return values

@@ -15,10 +15,11 @@ from smore_cli.data.build import build_rows, split_eval
 from smore_cli.data.groups import require_groups
 from smore_cli.errors import DataError, ModelError, UsageError
 from smore_cli.models.embedders import use_tokenizer
-from smore_cli.models.load import load_backbone, load_tokenizer
+from smore_cli.models.load import load_backbone, load_tokenizer, resolve_dtype
 from smore_cli.models.prior import fit_prior
 from smore_cli.nn import attach, checkpoint_contexts
 from smore_cli.nn.prior_hooks import active_prior
+from smore_cli.training.batches import Batches
 from smore_cli.training.objective import Objective
 from smore_cli.training.schedule import StepPlan, build_optimizer, build_scheduler
 
@@ -49,6 +50,7 @@ class Setup:
         eval_rows: tokenised held-out rows, maybe none.
         data_hash: hash of the training rows.
         plan: which rows each step sees.
+        batches: the forward passes of each step.
         objective: what is minimised.
         optimizer: over the adapter's parameters.
         scheduler: of the learning rate.
@@ -64,6 +66,7 @@ class Setup:
     eval_rows: list[Row]
     data_hash: str
     plan: StepPlan
+    batches: Batches
     objective: Objective
     optimizer: Optimizer
     scheduler: LambdaLR
@@ -131,10 +134,11 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> Setup:
     optimizer = build_optimizer(trainable, recipe.train)
     scheduler = build_scheduler(optimizer, recipe.train, plan.total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
+    batches = Batches(train_rows, plan, int(tokenizer.pad_token_id), resolve_dtype(recipe.model, accelerator.device))
     objective = Objective.from_config(recipe.data)
     return Setup(
-        recipe, accelerator, model, tokenizer, train_rows, eval_rows, data_hash, plan, objective, optimizer, scheduler,
-        targets, seconds,
+        recipe, accelerator, model, tokenizer, train_rows, eval_rows, data_hash, plan, batches, objective, optimizer,
+        scheduler, targets, seconds,
     )  # fmt: skip
 
 
