@@ -1,11 +1,12 @@
 # make quickstart   install, train a small S'MoRE adapter on a real model, evaluate it (needs Python 3.11+, nothing else)
-# make test         run the tests
+# make test         run the tests, in JOBS=2 processes
 # make lint types   what CI checks besides the tests
 # make clean        remove the virtual environment and the caches (runs stay)
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
@@ -47,8 +48,9 @@ quickstart:
 	echo "where the time went: install $$((installed - started)) s, train $$((trained - installed)) s," \
 	"evaluate $$((evaluated - trained)) s, total $$((evaluated - started)) s"
 
+# The models of the tests are too small for threads: one each, and JOBS processes that each take whole files of tests.
 test: dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: dev
 	@$(BIN)/ruff check .

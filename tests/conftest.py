@@ -22,6 +22,7 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="smore-tests-datasets-
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin are slower than one on a busy machine
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it in its workers, and tables would be cut at 80 columns
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -42,4 +42,4 @@ def merge_command(
         f"same first choice {100 * apart.top1_agreement:.2f} %",
         f"            on {apart.tokens:,} tokens of {merged.text}",
     ):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -37,18 +37,19 @@ def train_command(
         from smore_cli.training.dry_run import dry_run as check
 
         for line in check(loaded):
-            out.print(line, highlight=False, markup=False)
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
         return
     from smore_cli.training.loop import train
 
     run = train(loaded, recipe.read_text(), resume=resume, checkpoint=checkpoint)
     result, seconds = run["result"], run["seconds"]
-    out.print(f"saved     {loaded.output_dir}", highlight=False, markup=False)
+    out.print(f"saved     {loaded.output_dir}", highlight=False, markup=False, soft_wrap=True)
     held_out = f", held-out loss {result['eval_loss']:.4f}" if "eval_loss" in result else ""
-    out.print(f"result    training loss {result['loss']:.4f}{held_out}", highlight=False, markup=False)
+    out.print(f"result    training loss {result['loss']:.4f}{held_out}", highlight=False, markup=False, soft_wrap=True)
     out.print(
         f"time      data {seconds['data']:.1f} s, model {seconds['model']:.1f} s, steps {result['seconds']:.1f} s; "
         f"peak memory {run['peak_memory_bytes']['resident'] / 2**30:.2f} GiB",
         highlight=False,
+        soft_wrap=True,
         markup=False,
     )
