@@ -8,6 +8,7 @@ write.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -17,10 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smore_cli.errors import SmoreError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["atomic_folder", "remove_stale", "write_bytes", "write_text"]
+__all__ = ["atomic_folder", "nearest_folder", "remove_stale", "write_bytes", "write_text", "writing"]
 
 _TEMPORARY = re.compile(r"^\..+\.tmp-(?P<pid>\d+)-(?P<host>.+)-[0-9a-f]{8}$")
 
@@ -81,6 +84,35 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def writing(path: str | Path, error: type[SmoreError] = SmoreError) -> Iterator[None]:
+    """Turns what the system says about a failed write into one line and what to do.
+
+    Args:
+        path: what is being written, for the line.
+        error: what to raise.
+
+    Raises:
+        SmoreError: the disk is full, the folder is read-only, the device fails, ...
+    """
+    try:
+        yield
+    except OSError as failure:
+        free = shutil.disk_usage(nearest_folder(path)).free
+        reason = failure.strerror or str(failure) or type(failure).__name__
+        full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = f"make room ({free / 2**20:,.0f} MiB are free)" if full else "see that the folder can be written"
+        raise error(f"{path} could not be written: {reason}", hint) from failure
+
+
+def nearest_folder(path: str | Path) -> Path:
+    """Returns `path`, or the nearest of its parents that exists."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def remove_stale(folder: Path) -> None:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="smore-tests-datasets-")
+os.environ["SMORE_TOKEN_CACHE"] = tempfile.mkdtemp(prefix="smore-tests-tokens-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two threads that spin are slower than one on a busy machine
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it in its workers, and tables would be cut at 80 columns
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+atexit.register(shutil.rmtree, os.environ["SMORE_TOKEN_CACHE"], ignore_errors=True)
 
 PROJECT = Path(__file__).resolve().parent.parent
 

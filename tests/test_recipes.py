@@ -32,9 +32,23 @@ def test_a_ready_recipe_trains(name: str, tmp_path: Path, request: pytest.Fixtur
     if path.stem.startswith("arc-easy"):
         rows = request.getfixturevalue("shared_data") / "arc_easy_train.jsonl"
         overrides.append(f"data.train=[{{path: {rows}, format: multiple_choice, split: 'train[:16]'}}]")
+    if path.stem == "mixture":
+        overrides += mixture_of_local_files(request.getfixturevalue("shared_data"))
     values = train(load_recipe(path, overrides), path.read_text())
     assert values["finished"]
     assert values["result"]["steps"] == 2
+
+
+def mixture_of_local_files(folder: Path) -> list[str]:
+    choices, few = "format: multiple_choice", "split: 'train[:16]'"
+    answers = "format: prompt_completion, columns: {prompt: question, completion: answer}"
+    train = (
+        f"{{path: {folder / 'arc_easy_train.jsonl'}, {choices}, {few}, weight: 0.4}}",
+        f"{{path: {folder / 'csqa_train.jsonl'}, {choices}, {few}, weight: 0.3}}",
+        f"{{path: {folder / 'gsm8k_train.jsonl'}, {answers}, {few}, weight: 0.3}}",
+    )
+    held_out = f"{{path: {folder / 'arc_easy_test.jsonl'}, {choices}, {few}}}"
+    return [f"data.train=[{', '.join(train)}]", f"data.eval=[{held_out}]", "data.max_length=256"]
 
 
 def test_every_method_has_a_recipe_of_its_own() -> None:

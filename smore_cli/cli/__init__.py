@@ -30,6 +30,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import tha
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")  # looking for some reads the metadata of every package installed
 
 _COMMANDS = {
+    "plan": "plan:plan_command",
     "train": "train:train_command",
     "eval": "eval:eval_command",
     "merge": "merge:merge_command",

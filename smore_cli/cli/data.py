@@ -18,6 +18,28 @@ def data_commands() -> None:
 
 
 @app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all of it.")] = False,
+) -> None:
+    """Show what tokenised data is kept for later runs; SMORE_TOKEN_CACHE names another folder, or 0 for none."""
+    from datetime import datetime
+
+    from smore_cli.cli.console import out
+    from smore_cli.data.cache import cache_entries, clear_cache, token_cache
+
+    entries = cache_entries()
+    for entry in entries:
+        names = ", ".join(source.origin for source in entry.report.sources)
+        used = datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
+        rows = f"{entry.report.total.rows:,} rows"
+        out.print(f"{entry.bytes / 2**20:8.1f} MiB  {used}  {rows}  {names}", highlight=False, markup=False)
+    total = f"{len(entries)} entries, {sum(entry.bytes for entry in entries) / 2**20:.1f} MiB in {token_cache()}"
+    if clear:
+        clear_cache()
+    out.print(f"removed {total}" if clear else total, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def show(
     recipe: Annotated[Path, typer.Argument(help="The recipe.")],
     rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="How many rows of each source to print.")] = 3,
@@ -47,4 +69,5 @@ def show(
             out.print(Text(f"-- {report.origin}, {number} of {len(built.rows):,} ({row.length} tokens)", "bold"))
             # Neither wrapped nor interpreted: what is shown is what the model reads, to the character.
             out.print(preview_row(row, tokenizer, colour=colour), soft_wrap=True)
-        out.print(Text(report.line()), soft_wrap=True)
+        for line in built.report.lines():
+            out.print(Text(line), soft_wrap=True)

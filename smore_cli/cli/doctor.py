@@ -11,13 +11,33 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from smore_cli.numerics.checks import Outcome
+
 __all__ = ["doctor_command"]
 
 
 def doctor_command(
+    numerics: Annotated[
+        bool,
+        typer.Option(
+            "--numerics",
+            help="Prove that loss and gradient do not depend on how a step is split, packed, padded or shared.",
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="NAME_OR_PATH", help="With --numerics: a backbone to check, too."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show versions and devices, and try on this machine what training needs."""
+    if numerics:
+        _numerics(model, as_json)
+        return
+    if model is not None:
+        from smore_cli.errors import UsageError
+
+        raise UsageError("--model names the backbone of --numerics, which is not asked for", "add --numerics")
     import torch
 
     from smore_cli.errors import CheckFailed
@@ -40,6 +60,52 @@ def doctor_command(
     if not report["ok"]:
         broken = ", ".join(probe.name for probe in probes if probe.required and not probe.works)
         raise CheckFailed(f"does not work here: {broken}", f"torch {torch.__version__} is the first thing to look at")
+
+
+def _numerics(model: str | None, as_json: bool) -> None:
+    """Runs the checks of `smore_cli.numerics`.
+
+    Raises:
+        CheckFailed: a number depends on how the step is carried out.
+    """
+    from smore_cli.cli.console import out
+    from smore_cli.errors import CheckFailed
+    from smore_cli.numerics.run import run_numerics
+
+    outcomes = run_numerics(model)
+    failed = [outcome for outcome in outcomes if outcome.ok is False]
+    if as_json:
+        checks = [outcome.as_dict() for outcome in outcomes]
+        print(json.dumps({"model": model, "checks": checks, "ok": not failed}, indent=1))
+    else:
+        table = _table(
+            "backbone", "method", "compared with one pass", "loss", "gradient", "aux loss", "tolerance", "same", ""
+        )
+        for outcome in outcomes:
+            table.add_row(*_row(outcome))
+        out.print(table)
+    if failed:
+        which = ", ".join(f"{outcome.compared} ({outcome.method})" for outcome in failed)
+        raise CheckFailed(
+            f"numbers depend on: {which}", "training here does not compute what it should: see docs/numerics.md"
+        )
+
+
+def _row(outcome: Outcome) -> list[str]:
+    apart = outcome.distance
+    found = (None, None, None) if apart is None else (apart.loss, apart.gradient, apart.aux)
+    numbers = ["" if number is None else f"{number:.1e}" for number in found]
+    same = "[yellow]not checked[/yellow]"
+    if outcome.ok is not None:
+        same = "[green]yes[/green]" if outcome.ok else "[red]NO[/red]"
+    names = [_escape(outcome.backbone), outcome.method, outcome.compared]
+    return [*names, *numbers, f"{outcome.tolerance:.0e}", same, _escape(outcome.note)]
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -78,14 +144,12 @@ def _devices(report: dict[str, Any]) -> Table:
 
 
 def _probes(probes: list[dict[str, Any]]) -> Table:
-    from rich.markup import escape
-
     table = _table("tried here", "works", "")
     for probe in probes:
         works = (
             "[green]yes[/green]" if probe["works"] else "[red]NO[/red]" if probe["required"] else "[yellow]no[/yellow]"
         )
-        table.add_row(escape(probe["name"]), works, escape(probe["detail"]))
+        table.add_row(_escape(probe["name"]), works, _escape(probe["detail"]))
     return table
 
 

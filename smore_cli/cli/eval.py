@@ -41,6 +41,10 @@ def eval_command(
         int | None,
         typer.Option("--batch-size", metavar="N", min=1, help="Questions a forward pass; default 8 on a CPU, else 32."),
     ] = None,
+    full_precision: Annotated[
+        bool,
+        typer.Option("--full-precision", help="Unquantised weights under a run of 4 or 8 bits; says what it changes."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     output: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON here too, with every question.")
@@ -60,7 +64,14 @@ def eval_command(
     from smore_cli.evaluation.report import LEGEND, table
     from smore_cli.evaluation.session import load_subject, measure
 
-    subject = load_subject(run, model)
+    if full_precision:
+        from smore_cli.merging.precision import precision_gap
+        from smore_cli.models.runs import open_run
+
+        if model is not None:
+            raise UsageError("--full-precision is for a run, and --model has none", "leave it out")
+        err.print(precision_gap(open_run(run)).line(), markup=False, highlight=False, soft_wrap=True)
+    subject = load_subject(run, model, full_precision=full_precision)
     found = measure(subject, benchmark, tasks, with_base=base, limit=limit, batch_size=batch_size, progress=_progress)
     if as_json:
         typer.echo(json.dumps(found.document(samples=False), indent=2))

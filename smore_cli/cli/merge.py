@@ -23,13 +23,17 @@ def merge_command(
             help="Mean KL in nats above which nothing is kept (exit 3); default: by weight type.",
         ),
     ] = None,
+    full_precision: Annotated[
+        bool,
+        typer.Option("--full-precision", help="Merge a run of 4 or 8 bits into unquantised weights; says the change."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Merge a LoRA adapter into its backbone: an ordinary model folder, reopened and compared before it is kept."""
     from smore_cli.cli.console import out as console
     from smore_cli.merging.merge import merge
 
-    merged = merge(run, out, tolerance=tolerance)
+    merged = merge(run, out, tolerance=tolerance, full_precision=full_precision)
     if as_json:
         print(json.dumps(merged.document(), indent=1, sort_keys=True))
         return
@@ -43,3 +47,5 @@ def merge_command(
         f"            on {apart.tokens:,} tokens of {merged.text}",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if merged.precision is not None:
+        console.print(merged.precision.line(), markup=False, highlight=False, soft_wrap=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from smore_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from smore_cli.training.parallel import Processes
 
 __all__ = ["train_command"]
 
@@ -25,31 +31,81 @@ def train_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load everything, run one forward and backward pass, write nothing.")
     ] = False,
+    num_processes: Annotated[
+        int,
+        typer.Option(
+            "--num-processes", metavar="N", min=1, help="Train in N processes of this machine, one a GPU or on the CPU."
+        ),
+    ] = 1,
 ) -> None:
     """Train an adapter as a recipe says."""
-    from smore_cli.recipe import load_recipe
+    overrides = [*(overrides or []), *([] if output_dir is None else [f"output_dir={output_dir}"])]
+    if "WORLD_SIZE" in os.environ:  # torchrun, accelerate or --num-processes has started this process, and others
+        from smore_cli.training.together import one_voice
 
-    extra = [] if output_dir is None else [f"output_dir={output_dir}"]
-    loaded = load_recipe(recipe, [*(overrides or []), *extra])
+        with one_voice() as processes:
+            if num_processes > 1:
+                raise UsageError("a launcher has started the processes already", "drop --num-processes")
+            _train(recipe, overrides, resume, checkpoint, dry_run, processes)
+    elif num_processes > 1:
+        from smore_cli.recipe import read_recipe
+        from smore_cli.training.launch import launch
+
+        read_recipe(recipe, overrides)  # its mistakes show before anything is started
+        settings = [word for override in overrides for word in ("--set", override)]
+        flags = [flag for flag, wanted in (("--resume", resume), ("--dry-run", dry_run)) if wanted]
+        flags += ["--checkpoint", str(checkpoint)] if checkpoint else []
+        launch(["train", str(recipe), *settings, *flags], num_processes)
+    else:
+        _train(recipe, overrides, resume, checkpoint, dry_run)
+
+
+def _train(
+    recipe: Path,
+    overrides: list[str],
+    resume: bool,
+    checkpoint: Path | None,
+    dry_run: bool,
+    processes: Processes | None = None,
+) -> None:
+    """Trains in this process, which may be one of several."""
+    from smore_cli.recipe import read_recipe
+
+    loaded, document = read_recipe(recipe, overrides)
     from smore_cli.cli.console import out
+    from smore_cli.training.parallel import ALONE
 
+    processes = processes or ALONE
     if dry_run:
         from smore_cli.training.dry_run import dry_run as check
 
-        for line in check(loaded):
-            out.print(line, highlight=False, markup=False, soft_wrap=True)
+        for line in check(loaded, processes):
+            if processes.main:
+                out.print(line, highlight=False, markup=False, soft_wrap=True)
         return
     from smore_cli.training.loop import train
 
-    run = train(loaded, recipe.read_text(), resume=resume, checkpoint=checkpoint)
+    run = train(
+        loaded,
+        recipe.read_text(),
+        resume=resume,
+        checkpoint=checkpoint,
+        document=document,
+        processes=processes,
+        predict_memory=True,
+    )
+    if not processes.main:
+        return
     result, seconds = run["result"], run["seconds"]
     out.print(f"saved     {loaded.output_dir}", highlight=False, markup=False, soft_wrap=True)
     held_out = f", held-out loss {result['eval_loss']:.4f}" if "eval_loss" in result else ""
     out.print(f"result    training loss {result['loss']:.4f}{held_out}", highlight=False, markup=False, soft_wrap=True)
     out.print(
-        f"time      data {seconds['data']:.1f} s, model {seconds['model']:.1f} s, steps {result['seconds']:.1f} s; "
-        f"peak memory {run['peak_memory_bytes']['resident'] / 2**30:.2f} GiB",
+        f"time      data {seconds['data']:.1f} s, model {seconds['model']:.1f} s, steps {result['seconds']:.1f} s",
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
+    from smore_cli.planning.compare import comparison_line
+
+    out.print(f"memory    {comparison_line(run['memory'])}", highlight=False, markup=False, soft_wrap=True)

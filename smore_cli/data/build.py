@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
-from smore_cli.data.encode import Encoded, Encoder
-from smore_cli.data.formats import read_examples
-from smore_cli.data.groups import number_groups, read_labels
+import numpy as np
+
+from smore_cli.data.encode import Encoder
+from smore_cli.data.groups import number_labels, read_labels
+from smore_cli.data.pipeline import encode_source, notice_lines
 from smore_cli.data.report import DataReport, SourceReport, content_hash, name_rows
+from smore_cli.data.rows import FlatRows, RowView, RowWriter
 from smore_cli.data.sources import SourceRows, describe_source, read_source
 from smore_cli.data.templates import Renderer
 from smore_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
 
     from smore_cli.data.batch import Row
     from smore_cli.data.groups import Label
-    from smore_cli.data.templates import Rendered
     from smore_cli.recipe.schema import DataConfig, Source
 
 __all__ = ["RowSet", "build_rows", "split_eval"]
-
-CHUNK = 1000
-"""Rows given to the tokenizer at a time: enough to keep its threads busy."""
 
 
 @dataclass(frozen=True)
 class RowSet:
     """Tokenised rows, in the order of their sources, the report about them, and what the data calls their groups."""
 
-    rows: list[Row]
+    rows: FlatRows
     report: DataReport
     groups: tuple[Label, ...] = ()
 
@@ -55,20 +53,16 @@ def build_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, sources: Se
     """
     renderer, encoder = Renderer(data, tokenizer), Encoder(tokenizer, data.max_length)
     for source in sources:  # every contradiction is found before the first file is read
-        _check(data, source, renderer)
-    rows: list[Row] = []
+        check_source(data, source, renderer)
+    writer = RowWriter()
     labels: list[Label | None] = []
-    reports = []
-    for source in sources:
-        kept, labels_of_kept, report = _build_source(data, source, renderer, encoder)
-        rows += kept
-        labels += labels_of_kept
-        reports.append(report)
-    rows, groups = number_groups(rows, labels)
-    return RowSet(rows, DataReport(tuple(reports), content_hash(rows)), groups)
+    reports = tuple(_build_source(data, source, renderer, encoder, writer, labels) for source in sources)
+    numbers, groups = number_labels(labels)
+    rows = writer.finish(numbers)
+    return RowSet(rows, DataReport(reports, content_hash(rows)), groups)
 
 
-def split_eval(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_eval(rows: Sequence[Row], fraction: float, seed: int) -> tuple[Sequence[Row], Sequence[Row]]:
     """Splits rows into training and held-out rows, both in their order; the same for the same seed and row count.
 
     Args:
@@ -80,17 +74,22 @@ def split_eval(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
         DataError: no row would be left for training.
     """
     if fraction == 0:
-        return list(rows), []
+        return rows, []
     count = max(1, round(fraction * len(rows)))
     if count >= len(rows):
         hint = "add rows, lower eval_fraction, or name held-out sources in data.eval"
         raise DataError(f"eval_fraction {fraction:g} of {len(rows)} rows leaves none for training", hint)
-    held_out = set(random.Random(seed).sample(range(len(rows)), count))
-    train = [row for index, row in enumerate(rows) if index not in held_out]
-    return train, [rows[index] for index in sorted(held_out)]
+    held_out = np.zeros(len(rows), dtype=bool)
+    held_out[random.Random(seed).sample(range(len(rows)), count)] = True
+    return RowView(rows, np.flatnonzero(~held_out)), RowView(rows, np.flatnonzero(held_out))
 
 
-def _check(data: DataConfig, source: Source, renderer: Renderer) -> None:
+def check_source(data: DataConfig, source: Source, renderer: Renderer) -> None:
+    """Refuses a source whose settings contradict each other, without reading it.
+
+    Raises:
+        DataError: they do.
+    """
     origin = describe_source(source)
     if source.group is not None and "group" in source.columns:
         problem = f"{origin}: 'group' and 'columns: {{group: {source.columns['group']}}}' both name the rows' groups"
@@ -109,42 +108,34 @@ def _check(data: DataConfig, source: Source, renderer: Renderer) -> None:
 
 
 def _build_source(
-    data: DataConfig, source: Source, renderer: Renderer, encoder: Encoder
-) -> tuple[list[Row], list[Label | None], SourceReport]:
-    """Returns the rows of one source, what it calls the group of each, and its report."""
+    data: DataConfig,
+    source: Source,
+    renderer: Renderer,
+    encoder: Encoder,
+    writer: RowWriter,
+    labels: list[Label | None],
+) -> SourceReport:
+    """Adds the rows of one source to `writer` and what it calls the group of each to `labels`."""
     raw = read_source(source)
-    labels = iter(read_labels(raw, source))
-    rows: list[Row] = []
-    kept: list[Label | None] = []
+    found = read_labels(raw, source)
     dropped: list[int] = []
-    truncated = 0
-    for number, encoded in enumerate(_encoded(raw, source, renderer, encoder), 1):
-        label = next(labels)
+    rows = truncated = tokens = supervised = longest = 0
+    for number, encoded in encode_source(raw, source, renderer, encoder):
+        label, row = found[number - 1], encoded.row
         if not encoded.learnable:
             dropped.append(number)
             continue
-        rows.append(encoded.row)
-        kept.append(label)
+        writer.add(row)
+        labels.append(label)
+        rows += 1
         truncated += encoded.truncated
+        tokens += row.length
+        supervised += sum(map(sum, row.supervised))
+        longest = max(longest, row.length)
     if dropped and (data.on_no_supervision == "error" or not rows):
         raise _nothing_to_learn(raw, dropped, data)
-    return rows, kept, SourceReport.of(raw.origin, rows, truncated=truncated, dropped=dropped)
-
-
-def _encoded(raw: SourceRows, source: Source, renderer: Renderer, encoder: Encoder) -> Iterator[Encoded]:
-    rendered = _rendered(raw, source, renderer)
-    while chunk := list(islice(rendered, CHUNK)):
-        yield from encoder.encode(chunk)
-
-
-def _rendered(raw: SourceRows, source: Source, renderer: Renderer) -> Iterator[Rendered]:
-    """Yields every row as text; what a chat template cannot write is reported with its place."""
-    style = renderer.style(source.format)
-    for number, example in enumerate(read_examples(raw, source.format), 1):
-        try:
-            yield renderer.render(example, style)
-        except DataError as error:
-            raise DataError(f"{raw.origin}, row {number}: {error.message}", error.hint) from error
+    counts = (rows, truncated, tuple(dropped), tokens, supervised, longest)
+    return SourceReport(raw.origin, *counts, notices=notice_lines(raw))
 
 
 def _nothing_to_learn(raw: SourceRows, dropped: list[int], data: DataConfig) -> DataError:

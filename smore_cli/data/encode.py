@@ -1,7 +1,13 @@
-"""From text to tokens: one BOS where the tokenizer has one, EOS learned, the mask from spans of characters."""
+"""From text to tokens: one BOS where the tokenizer has one, EOS learned, the mask from spans of characters.
+
+What stands before a learned span is tokenised as it is at inference, where nothing follows it yet. Mostly that is what
+the whole text gives; where it is not (white space of a generation prompt that merges with the answer's first letters),
+the text is tokenised in two parts.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -20,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Encoded", "Encoder"]
 
 
+MANY_TAILS = 1000
+"""How many openings of turns are remembered; a template has a handful."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised row.
@@ -27,10 +37,12 @@ class Encoded:
     Attributes:
         row: the row, at most `max_length` tokens of prompt and any one branch.
         truncated: whether tokens were cut off on the right.
+        spans: for each branch, the tokens [start, end) of each learned span, EOS with the last; as if nothing was cut.
     """
 
     row: Row
     truncated: bool
+    spans: tuple[tuple[Span, ...], ...]
 
     @property
     def learnable(self) -> bool:
@@ -71,6 +83,9 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.leading = _leading_special_tokens(tokenizer)
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._tails: dict[str, list[int]] = {}
+        self._anchor = self._plain_special_token()
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """Returns rendered rows as tokens, in order; one call of the tokenizer for all of them."""
@@ -81,33 +96,56 @@ class Encoder:
     def _row(self, rendered: Rendered, prompt: _Tokens, joint: list[_Tokens]) -> Encoded:
         prompt_ids = [*self.leading, *prompt.ids]
         room = max(self.max_length - len(prompt_ids), 0)
-        ids, masks, truncated = [], [], len(prompt_ids) > self.max_length
+        ids, masks, spans, truncated = [], [], [], len(prompt_ids) > self.max_length
         for branch, whole in zip(rendered.branches, joint, strict=True):
-            branch_ids, mask = self._branch(rendered, branch, prompt, whole)
+            branch_ids, mask, places = self._branch(rendered, branch, prompt, whole)
             if not prompt_ids:
                 mask[:1] = [False]  # nothing stands before the first token that could predict it
             truncated |= len(branch_ids) > room
             ids.append(branch_ids[:room])
             masks.append(mask[:room])
-        return Encoded(Row(prompt_ids[: self.max_length], ids, masks, rendered.gold), truncated)
+            spans.append(places)
+        return Encoded(Row(prompt_ids[: self.max_length], ids, masks, rendered.gold), truncated, tuple(spans))
 
     def _branch(
         self, rendered: Rendered, branch: Branch, prompt: _Tokens, whole: _Tokens
-    ) -> tuple[list[int], list[bool]]:
-        """Returns a branch's ids and mask: as it is tokenised after the prompt, or alone where the two would merge."""
+    ) -> tuple[list[int], list[bool], tuple[Span, ...]]:
+        """Returns a branch's ids, mask and spans: tokenised after the prompt, or alone where the two would merge."""
         if whole.ids[: len(prompt.ids)] == prompt.ids:
             tokens = whole[len(prompt.ids) :].shifted(-len(rendered.prompt))
         else:
             tokens = self._tokenize([branch.text])[0]
-        cuts = sorted({edge for span in branch.spans for edge in span if _splits_a_token(edge, tokens.offsets)})
+        cuts = {edge for span in branch.spans for edge in span if _splits_a_token(edge, tokens.offsets)}
+        cuts |= {start for start, _ in branch.spans if start and not self._opens_as_alone(branch.text, start, tokens)}
         if cuts:  # as in generation, where the text before an answer is tokenised without it
-            tokens = self._tokenize_apart(branch.text, cuts)
+            tokens = self._tokenize_apart(branch.text, sorted(cuts))
         ids = tokens.ids
-        mask = [_inside(start, branch.spans) for start, _ in tokens.offsets]
+        starts = [start for start, _ in tokens.offsets]
+        spans = tuple((bisect_left(starts, first), bisect_left(starts, end)) for first, end in branch.spans)
+        mask = [False] * len(ids)
+        for first, end in spans:
+            mask[first:end] = [True] * (end - first)
         eos = self._eos() if branch.eos else None
         if eos is not None and ids[-1:] != [eos]:
-            return [*ids, eos], [*mask, True]
-        return ids, mask
+            return [*ids, eos], [*mask, True], (*spans[:-1], (spans[-1][0], len(ids) + 1))
+        return ids, mask, spans
+
+    def _opens_as_alone(self, text: str, start: int, tokens: _Tokens) -> bool:
+        """Whether the tokens right before a span are those that its text gives when nothing follows.
+
+        Tokens never reach over a special one, so it is enough to look back to the last of these: the few characters of
+        a turn's opening, which are the same in every row.
+        """
+        end = bisect_left([first for first, _ in tokens.offsets], start)
+        begin = next((place for place in range(end - 1, -1, -1) if tokens.ids[place] in self._special), None)
+        if begin is None:
+            return self._tokenize([text[:start]])[0].ids == tokens.ids[:end]
+        tail = text[tokens.offsets[begin][0] : start]
+        if tail not in self._tails:
+            if len(self._tails) > MANY_TAILS:
+                self._tails.clear()
+            self._tails[tail] = list(self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"])
+        return self._tails[tail] == tokens.ids[begin:end]
 
     def _tokenize(self, texts: list[str]) -> list[_Tokens]:
         """Tokenises texts without special tokens; those that a text begins with itself are taken off as well."""
@@ -120,11 +158,24 @@ class Encoder:
         return result
 
     def _tokenize_apart(self, text: str, cuts: Sequence[int]) -> _Tokens:
-        """Tokenises a text so that no token reaches over a cut."""
+        """Tokenises a text so that no token reaches over a cut.
+
+        A tokenizer of words puts a space before the first of a text. So what follows a cut is tokenised after a special
+        token, as no space stands before an answer that the model begins.
+        """
         edges = [0, *cuts, len(text)]
-        parts = self._tokenize([text[start:end] for start, end in pairwise(edges)])
+        texts = [text[start:end] for start, end in pairwise(edges)]
+        parts = self._tokenize([texts[0], *(self._anchor + part for part in texts[1:])])
+        if self._anchor:
+            parts = [parts[0], *(part[1:].shifted(-len(self._anchor)) for part in parts[1:])]
         shifted = [part.shifted(start) for part, start in zip(parts, edges, strict=False)]
         return _Tokens([i for part in shifted for i in part.ids], [span for part in shifted for span in part.offsets])
+
+    def _plain_special_token(self) -> str:
+        """Returns a special token that takes no white space beside it in; empty where there is none."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        plain = (token for number, token in added if token.special and number not in self.leading and not token.rstrip)
+        return next((token.content for token in plain if not token.normalized), "")
 
     def _eos(self) -> int:
         eos = self.tokenizer.eos_token_id
@@ -150,11 +201,6 @@ def _tiled(offsets: Sequence[Span]) -> list[Span]:
         tiled.append((min(start, before), end))
         before = end
     return tiled
-
-
-def _inside(start: int, spans: Sequence[Span]) -> bool:
-    """Whether a token that starts at a character belongs to a span."""
-    return any(first <= start < end for first, end in spans)
 
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,47 +8,55 @@ from __future__ import annotations
 
 import csv
 import difflib
+import gzip
 import io
-import json
+import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smore_cli.data.quiet import first_line, quiet_datasets
+from smore_cli.data.json_text import read_json, read_json_lines
+from smore_cli.data.quiet import first_line
+from smore_cli.data.tables import read_arrow, read_parquet
 from smore_cli.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["READERS", "read_file"]
+__all__ = ["KINDS", "READERS", "data_kind", "read_file"]
 
 RawRow = dict[str, Any]
+
+
+def data_kind(path: Path) -> str:
+    """Returns the suffix that says how a file is read: that before `.gz` for compressed text."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes[-1:] == [".gz"] and suffixes[0] in TEXTS:
+        return suffixes[0]
+    return suffixes[-1] if suffixes else ""
 
 
 def read_file(path: Path, origin: str) -> Sequence[RawRow]:
     """Returns the rows of a local file, with their types as the file has them (a CSV has only text).
 
     Args:
-        path: a .jsonl, .json, .csv or .parquet file.
+        path: a file of one of `KINDS`.
         origin: how messages name the file.
 
     Raises:
-        DataError: no such file, a folder, another kind of file, an empty file, or a line that cannot be read.
+        DataError: no such file, another kind of file, an empty file, or a line that cannot be read.
     """
-    if path.is_dir():
-        held = sorted(child.name for child in path.iterdir() if child.suffix.lower() in READERS)
-        hint = f"name one file in it: {', '.join(held[:8])}" if held else _SUFFIX_HINT
-        raise DataError(f"{origin} is a folder", hint)
     if not path.exists():
         raise DataError(f"there is no file {origin}", _near(path))
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{origin}: cannot read a file that ends in '{path.suffix}'", _SUFFIX_HINT)
+    kind = data_kind(path)
+    if kind not in READERS:
+        raise DataError(f"{origin}: cannot read a file that ends in '{path.suffix}'", f"a data file ends in {KINDS}")
     try:
-        rows = reader(path, origin)
+        rows = TEXTS[kind](_read_text(path, origin), origin) if kind in TEXTS else READERS[kind](path, origin)
     except OSError as error:
         raise DataError(f"{origin}: cannot be read: {error.strerror or first_line(error)}") from error
     if len(rows) == 0:
-        raise DataError(f"{origin} is empty: it holds no row")
+        raise DataError(f"{origin} is empty: it holds no row", "fill it, or take it out of the recipe")
     return rows
 
 
@@ -56,7 +64,7 @@ def _near(path: Path) -> str:
     """Returns a hint for a file that is not there: close names in its folder, or what the folder holds."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
-    names = sorted(child.name for child in path.parent.iterdir() if child.suffix.lower() in READERS)
+    names = sorted(child.name for child in path.parent.iterdir() if data_kind(child) in READERS)
     if close := difflib.get_close_matches(path.name, names, n=3):
         return f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
     held = ", ".join(names[:8]) or "no data file"
@@ -64,62 +72,44 @@ def _near(path: Path) -> str:
 
 
 def _read_text(path: Path, origin: str) -> str:
-    """Returns a file's text; a byte order mark at its start is dropped."""
+    """Returns a file's text, line breaks as in Python; a byte order mark at its start is dropped."""
+    data = _read_bytes(path, origin)
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{origin}:1: UTF-16 text", "save the file as UTF-8")
+    if b"\0" in data:
+        line = data[: data.index(b"\0")].count(b"\n") + 1
+        raise DataError(f"{origin}:{line}: a NUL byte", "the file is damaged, or not UTF-8: save it again as UTF-8")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise DataError(f"{origin}:{line}: not UTF-8 text", "save the file as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _read_jsonl(path: Path, origin: str) -> list[RawRow]:
-    return _json_lines(_read_text(path, origin), origin)
-
-
-def _read_json(path: Path, origin: str) -> list[RawRow]:
-    """Reads a list of objects, one object, or (many files called .json are that) one object a line."""
-    text = _read_text(path, origin)
-    if not text.strip():
-        return []
+def _read_bytes(path: Path, origin: str) -> bytes:
+    data = path.read_bytes()
+    if path.suffix.lower() != ".gz" or not data:
+        return data
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return _json_lines(text, origin)
-        raise DataError(f"{origin}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from error
-    rows = content if isinstance(content, list) else [content]
-    return [_object(row, f"{origin}, row {number}") for number, row in enumerate(rows, 1)]
+        return gzip.decompress(data)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        problem = f"{origin}: not a whole gzip file: {first_line(error)}"
+        raise DataError(problem, "download or compress it again") from error
 
 
-def _json_lines(text: str, origin: str) -> list[RawRow]:
-    rows = []
-    # Not splitlines(): it also splits at U+2028 and its kind, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problem = f"{origin}:{number}:{error.colno}: not valid JSON: {error.msg}"
-            raise DataError(problem, "there must be one JSON object a line") from error
-        rows.append(_object(row, f"{origin}:{number}"))
-    return rows
-
-
-def _object(row: Any, where: str) -> RawRow:
-    if isinstance(row, dict):
-        return row
-    raise DataError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
-
-
-def _read_csv(path: Path, origin: str) -> list[RawRow]:
-    """Reads a comma-separated file with a header; every cell stays the text it is."""
-    lines = csv.reader(io.StringIO(_read_text(path, origin), newline=""), strict=True)
+def _read_csv(text: str, origin: str) -> list[RawRow]:
+    """Reads comma-separated text with a header; every cell stays the text it is."""
+    csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters a cell; long documents have more
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[RawRow] = []
     try:
         header = next(lines, [])
         if repeated := sorted({name for name in header if header.count(name) > 1}):
-            raise DataError(f"{origin}:1: the header names a column twice: {', '.join(repeated)}")
+            raise DataError(f"{origin}:1: the header names a column twice: {', '.join(repeated)}", "rename one")
+        if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+            problem = f"{origin}:1: columns are separated by {other!r}, not by commas"
+            raise DataError(problem, "save it with commas, or as .jsonl")
         for cells in lines:
             if not cells:
                 continue
@@ -128,29 +118,20 @@ def _read_csv(path: Path, origin: str) -> list[RawRow]:
                 raise DataError(f"{origin}:{lines.line_num}: {count}", "quote cells that hold a comma")
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        raise DataError(f"{origin}:{lines.line_num}: not valid CSV: {error}") from error
+        hint = "a quote is opened and not closed, or stands inside a cell: double it"
+        raise DataError(f"{origin}:{lines.line_num}: not valid CSV: {error}", hint) from error
     return rows
 
 
-def _read_parquet(path: Path, origin: str) -> Sequence[RawRow]:
-    if path.stat().st_size == 0:
-        return []
-    import datasets
-
-    try:
-        with quiet_datasets():
-            rows: Sequence[RawRow] = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except (ValueError, datasets.exceptions.DatasetsError) as error:  # Arrow's own errors are ValueErrors
-        raise DataError(f"{origin}: not a parquet file: {first_line(error.__cause__ or error)}") from error
-    return rows
-
-
-READERS: dict[str, Callable[[Path, str], Sequence[RawRow]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
+TEXTS: dict[str, Callable[[str, str], list[RawRow]]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
 }
-"""How each kind of file is read, by its suffix."""
+"""How each kind of text is read, which may also be compressed: its name then ends in `.gz` as well."""
 
-_SUFFIX_HINT = f"a local source is one file ending in {', '.join(READERS)}"
+READERS: dict[str, Callable[[Any, str], Sequence[RawRow]]] = {**TEXTS, ".parquet": read_parquet, ".arrow": read_arrow}
+"""How each kind of file is read, by its suffix: texts from their text, tables from their path."""
+
+KINDS = f"{', '.join(READERS)} (and {', '.join(f'{kind}.gz' for kind in TEXTS)})"
+"""The kinds of files, for messages."""

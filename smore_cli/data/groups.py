@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smore_cli.errors import DataError
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from smore_cli.data.sources import SourceRows
     from smore_cli.recipe.schema import Source
 
-__all__ = ["Label", "number_groups", "read_labels", "require_groups"]
+__all__ = ["Label", "number_labels", "read_labels", "require_groups"]
 
 Label = str | int
 """What the data calls a group."""
@@ -40,14 +39,11 @@ def read_labels(raw: SourceRows, source: Source) -> list[Label | None]:
     return labels
 
 
-def number_groups(rows: Sequence[Row], labels: Sequence[Label | None]) -> tuple[list[Row], tuple[Label, ...]]:
-    """Returns the rows with their groups numbered, and the groups' labels in the order of their numbers: sorted."""
+def number_labels(labels: Sequence[Label | None]) -> tuple[list[int | None], tuple[Label, ...]]:
+    """Returns the number of each row's group (None: of none), and the groups' labels by number: sorted."""
     names = sorted({label for label in labels if label is not None}, key=lambda label: (isinstance(label, str), label))
     numbers = {label: number for number, label in enumerate(names)}
-    numbered = [
-        row if label is None else replace(row, group=numbers[label]) for row, label in zip(rows, labels, strict=True)
-    ]
-    return numbered, tuple(names)
+    return [None if label is None else numbers[label] for label in labels], tuple(names)
 
 
 def require_groups(rows: Sequence[Row], groups: Sequence[Label], wanted: int) -> None:

@@ -23,8 +23,12 @@ PATIENCE = 10.0
 """Seconds to wait for the hub's first answer."""
 
 
-def load_hub_dataset(source: Source) -> Sequence[dict[str, Any]]:
+def load_hub_dataset(source: Source, *, streaming: bool = False) -> Sequence[dict[str, Any]]:
     """Returns the split of a hub dataset, from the cache where the hub is not reachable or offline mode is on.
+
+    Args:
+        source: its name, configuration, split and revision.
+        streaming: download nothing beforehand; what then comes back can only be iterated over, unless it was cached.
 
     Raises:
         DataError: no such dataset, configuration, split or revision, no access to it, or no way to reach it.
@@ -36,7 +40,11 @@ def load_hub_dataset(source: Source) -> Sequence[dict[str, Any]]:
     try:
         with quiet_datasets(), nullcontext() if reachable else _offline():
             rows: Sequence[dict[str, Any]] = datasets.load_dataset(
-                source.path, source.name, split=source.split, revision=source.revision
+                source.path,
+                source.name,
+                split=source.split,
+                revision=source.revision,
+                streaming=streaming and reachable,
             )
     except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
         if reachable:

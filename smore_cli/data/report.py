@@ -31,6 +31,7 @@ class SourceReport:
         tokens: tokens of the rows, every branch counted.
         supervised: how many of these are learned.
         longest: tokens of the longest row, every branch counted.
+        notices: what the rows hold and is not read, or is written in another way, one line each.
     """
 
     origin: str
@@ -40,19 +41,7 @@ class SourceReport:
     tokens: int
     supervised: int
     longest: int
-
-    @classmethod
-    def of(cls, origin: str, rows: Sequence[Row], *, truncated: int, dropped: Iterable[int]) -> SourceReport:
-        """Counts the tokens of the rows of a source."""
-        return cls(
-            origin=origin,
-            rows=len(rows),
-            truncated=truncated,
-            dropped=tuple(dropped),
-            tokens=sum(row.length for row in rows),
-            supervised=sum(sum(mask) for row in rows for mask in row.supervised),
-            longest=max((row.length for row in rows), default=0),
-        )
+    notices: tuple[str, ...] = ()
 
     def line(self) -> str:
         """Returns the counts as one line."""
@@ -90,12 +79,21 @@ class DataReport:
         )
 
     def lines(self) -> list[str]:
-        """Returns the report for people, one line a source."""
-        return [source.line() for source in self.sources]
+        """Returns the report for people: one line a source, and one for each thing to know about its rows."""
+        return [line for source in self.sources for line in (source.line(), *source.notices)]
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the report as plain values, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataReport:
+        """Returns the report that `as_dict` gave, back from JSON."""
+        sources: list[dict[str, Any]] = [
+            {key: tuple(value) if isinstance(value, list) else value for key, value in source.items()}
+            for source in values["sources"]
+        ]
+        return cls(tuple(SourceReport(**source) for source in sources), values["content_hash"])
 
 
 def name_rows(numbers: Sequence[int]) -> str:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.data.bundled import QUICKSTART, quickstart_files
-from smore_cli.data.files import READERS, read_file
+from smore_cli.data.files import READERS, data_kind, read_file
+from smore_cli.data.folders import JoinedRows, read_local, split_files
 from smore_cli.data.quiet import first_line
+from smore_cli.data.tables import is_saved_dataset
 from smore_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from smore_cli.recipe.schema import Source
 
-__all__ = ["SourceRows", "describe_source", "read_source"]
+__all__ = ["SourceRows", "describe_source", "read_source", "source_files"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -30,11 +33,21 @@ class SourceRows:
         origin: how messages and reports name the source.
         raw: the rows as read.
         columns: renames, {name the format wants: name the row has}.
+        roles: names of roles, {name the row has: ours}.
+        where: says where a row stands, by its index from 0, in a source of several files.
+        notices: filled while the rows are read: what they hold and is not read, and how many times.
     """
 
     origin: str
     raw: Sequence[Mapping[str, Any]]
     columns: dict[str, str]
+    roles: Mapping[str, str] = field(default_factory=dict)
+    where: Callable[[int], str] | None = None
+    notices: Counter[str] = field(default_factory=Counter)
+
+    def place(self, number: int) -> str:
+        """Returns where a row stands, for messages: the source and the row's number in it, from 1."""
+        return self.where(number - 1) if self.where else f"{self.origin}, row {number}"
 
     def __len__(self) -> int:
         """Returns how many rows there are."""
@@ -52,8 +65,8 @@ class SourceRows:
     def _renamed(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         for wanted, present in self.columns.items():
             if present not in row:
-                problem = f"{self.origin}, row {number}: no column '{present}' to use as '{wanted}'"
-                raise DataError(problem, f"the row has: {', '.join(row)}")
+                problem = f"{self.place(number)}: no column '{present}' to use as '{wanted}'"
+                raise DataError(problem, f"the row has: {', '.join(map(str, row))}")
         kept = {key: value for key, value in row.items() if key not in self.columns.values()}
         return kept | {wanted: row[present] for wanted, present in self.columns.items()}
 
@@ -72,14 +85,17 @@ def read_source(source: Source) -> SourceRows:
         rows = _select({split: read_file(file, origin) for split, file in quickstart_files().items()}, source, origin)
     elif _is_local(source.path, path):
         _refuse_hub_fields(source)
-        rows = _select({"train": read_file(path, source.path)}, source, origin)
+        splits = read_local(source.path)
+        if isinstance(chosen := splits.get(source.split), JoinedRows):
+            return SourceRows(origin, chosen, source.columns, source.roles, where=chosen.place)
+        rows = _select(splits, source, origin)
     else:
         from smore_cli.data.hub import load_hub_dataset
 
         rows = load_hub_dataset(source)
     if len(rows) == 0:
-        raise DataError(f"{origin} selects no row")
-    return SourceRows(origin, rows, source.columns)
+        raise DataError(f"{origin} selects no row", "choose a slice that begins within the source")
+    return SourceRows(origin, rows, source.columns, source.roles)
 
 
 def describe_source(source: Source) -> str:
@@ -88,15 +104,27 @@ def describe_source(source: Source) -> str:
     return f"{source.path} ({', '.join(details)})" if details else source.path
 
 
+def source_files(source: Source) -> list[Path] | None:
+    """Returns the local files that a source is read from, which need not exist; None for a hub dataset."""
+    if source.path == QUICKSTART:
+        return list(quickstart_files().values())
+    path = Path(source.path).expanduser()
+    if not _is_local(source.path, path):
+        return None
+    if path.is_dir() and is_saved_dataset(path):
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [file for files in split_files(source.path).values() for file in files]
+
+
 def _is_local(text: str, path: Path) -> bool:
     """Whether a source's path means a file: it exists, ends like a data file, or cannot be a hub name."""
-    return path.exists() or path.suffix.lower() in READERS or not _HUB_NAME.fullmatch(text)
+    return path.exists() or data_kind(path) in READERS or not _HUB_NAME.fullmatch(text)
 
 
 def _refuse_hub_fields(source: Source) -> None:
-    for field in ("name", "revision"):
-        if getattr(source, field) is not None:
-            raise DataError(f"{source.path}: '{field}' is for hub datasets, this source is local", f"remove {field}")
+    for name in ("name", "revision"):
+        if getattr(source, name) is not None:
+            raise DataError(f"{source.path}: '{name}' is for hub datasets, this source is local", f"remove {name}")
 
 
 def _select(splits: dict[str, Sequence[Any]], source: Source, origin: str) -> Sequence[Mapping[str, Any]]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from smore_cli.data.chat import ChatTemplate, Span
-from smore_cli.data.formats import Conversation, Example, Instruction, MultipleChoice, PromptCompletion, Text
+from smore_cli.data.formats import (
+    CHAT_FORMATS,
+    Conversation,
+    Example,
+    Instruction,
+    MultipleChoice,
+    PromptCompletion,
+    Text,
+)
 from smore_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,24 +91,44 @@ class Renderer:
         """
         if format_name == "text":
             return "plain"
-        if format_name == "chat" and self.data.template == "plain":
-            raise DataError("template: plain has no form for conversations", "use template: auto for format: chat")
-        if format_name == "chat" or self.data.template == "chat":
+        if format_name in CHAT_FORMATS and self.data.template == "plain":
+            raise _no_plain_form()
+        if format_name in CHAT_FORMATS or self.data.template == "chat":
             _ = self.template
             return "chat"
         return "plain"
 
     def render(self, example: Example, style: Literal["plain", "chat"]) -> Rendered:
-        """Returns an example as text.
+        """Returns an example as text; a conversation, also one that stands in a `prompt_completion` row, as a chat.
+
+        Raises:
+            TurnsRewritten: the chat template writes earlier turns differently; `render_turns` can write them.
+            DataError: the chat template cannot write it.
+        """
+        if style == "plain" and not isinstance(example, Conversation):
+            return self._plain(example)
+        if self.data.template == "plain":
+            raise _no_plain_form()
+        if isinstance(example, MultipleChoice) and self.data.objective == "choice_ranking":
+            return self._chat_choices(example)
+        return self._conversation(_as_conversation(example))
+
+    def render_turns(self, example: Conversation) -> list[Rendered]:
+        """Returns a conversation as one text for each assistant turn, which ends with that turn.
+
+        So each turn is learned exactly as the model would be asked for it, where one text cannot hold them all: a
+        template that rewrites earlier turns, or an answer whose first token depends on what stands before it.
 
         Raises:
             DataError: the chat template cannot write it.
         """
-        if style == "plain":
-            return self._plain(example)
-        if isinstance(example, MultipleChoice) and self.data.objective == "choice_ranking":
-            return self._chat_choices(example)
-        return self._conversation(_as_conversation(example))
+        turns = []
+        for place, message in enumerate(example.messages):
+            if message["role"] == "assistant":
+                text, spans = self.template.turns(example.messages[: place + 1], last_only=True)
+                self._require_all_written(example.messages[: place + 1], text)
+                turns.append(Rendered("", (self._closed(text, spans),)))
+        return turns
 
     def _plain(self, example: Example) -> Rendered:
         prompt, answers, gold = _plain_parts(example)
@@ -126,14 +154,22 @@ class Renderer:
         return Rendered(prompt, tuple(branches), example.label)
 
     def _conversation(self, example: Conversation) -> Rendered:
+        messages = example.messages
         if self.data.loss_on == "all":
-            text = self.template.render(example.messages)
+            text = self.template.render(messages)
             spans = [(0, len(text))]
         else:
-            text, spans = self.template.turns(example.messages, last_only=self.data.loss_on != "assistant")
-        if example.messages[-1]["role"] == "assistant" and spans:
+            messages = _through_last_answer(messages)
+            text, spans = self.template.turns(messages, last_only=self.data.loss_on != "assistant")
+        self._require_all_written(messages, text)
+        if messages[-1]["role"] == "assistant" and spans:
             return Rendered("", (self._closed(text, spans),))
         return Rendered("", (Branch(text, tuple(spans), eos=False),))
+
+    def _require_all_written(self, messages: tuple[dict[str, Any], ...], text: str) -> None:
+        if (place := self.template.left_out(messages, text)) is not None:
+            problem = f"the chat template leaves out message {place + 1}, whose role is '{messages[place]['role']}'"
+            raise DataError(problem, "take such messages out of the data, or map their role to one it writes")
 
     def _closed(self, text: str, spans: list[Span]) -> Branch:
         """Returns a text that ends in an assistant's turn; EOS is added where the template itself does not end it."""
@@ -142,6 +178,16 @@ class Renderer:
             return Branch(text, tuple(spans), eos=False)
         end = start + len(text[start:end].rstrip())
         return Branch(text[:end], (*spans[:-1], (start, end)), eos=True)
+
+
+def _no_plain_form() -> DataError:
+    return DataError("template: plain has no form for conversations", "use template: auto")
+
+
+def _through_last_answer(messages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Returns the messages up to the last answer: what follows it is not learned, and no answer can see it."""
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[-1] + 1] if answers else messages
 
 
 def _plain_parts(example: Example) -> tuple[str, tuple[str, ...], int]:

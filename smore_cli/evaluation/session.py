@@ -114,12 +114,13 @@ class Evaluation:
         return paths
 
 
-def load_subject(run: Path | None, model: str | None) -> Subject:
+def load_subject(run: Path | None, model: str | None, *, full_precision: bool = False) -> Subject:
     """Loads a backbone by itself, or a run: its backbone with its adapter.
 
     Args:
         run: a run's folder; None: the newest. Not read where `model` is given.
         model: a backbone, as a recipe names it.
+        full_precision: load the weights of a run's backbone unquantised, though it was trained on quantised ones.
 
     Raises:
         AdapterError: there is no such run, or it is incomplete.
@@ -130,7 +131,7 @@ def load_subject(run: Path | None, model: str | None) -> Subject:
         backbone = load_backbone(ModelConfig(name_or_path=model))
         return Subject(backbone.model, backbone.tokenizer, model, seconds=time.perf_counter() - started)
     opened = open_run(run)
-    adapted, tokenizer = opened.load(default_device())
+    adapted, tokenizer = opened.load(default_device(), full_precision=full_precision)
     return Subject(
         adapted,
         tokenizer,
@@ -139,7 +140,7 @@ def load_subject(run: Path | None, model: str | None) -> Subject:
         method=opened.adapter.method,
         template="plain" if opened.recipe is None else training_template(opened.recipe.data),
         seconds=time.perf_counter() - started,
-        keeps_results=opened.recipe is not None,
+        keeps_results=opened.recipe is not None and not full_precision,  # a run's own are of its own weights
     )
 
 

@@ -1,6 +1,6 @@
 """LoRA folded into the weights it stands beside, exact but for one rounding to W's own type.
 
-LoRA: W + s B A.  DoRA: m (W + s B A) / ||W + s B A||, row by row.
+LoRA: W + s B A.  DoRA: m (W + s B A) / ||W + s B A||, row by row.  What was trained whole replaces its module's own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 from smore_cli.errors import UsageError
 from smore_cli.nn import AdaptedModule, adapted_modules, detach
 from smore_cli.nn.adapted import dense_weight
+from smore_cli.nn.full_copy import FullCopy
 from smore_cli.nn.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -38,15 +39,20 @@ def merge_lora(model: PreTrainedModel, name: str = "default") -> int:
     """
     adapted = {path: module for path, module in adapted_modules(model).items() if name in module.adapters}
     for path, module in adapted.items():
-        if not isinstance(module.adapters[name], LowRank):
+        if not isinstance(module.adapters[name], LowRank | FullCopy):
             raise UsageError(f"{path}: only a LoRA adapter is a matrix that can be added to the weight")
         if not module.weight.is_floating_point():
             raise UsageError(f"{path}: its weight is quantised, and an update added to it would be rounded away")
+    linears = 0
     for module in adapted.values():
         _untie(model, module)
-        _merge(module, cast("LowRank", module.adapters[name]))
+        if isinstance(adapter := module.adapters[name], FullCopy):
+            module.base.load_state_dict(adapter.copy.state_dict())
+        else:
+            _merge(module, cast("LowRank", adapter))
+            linears += 1
     detach(model, name)
-    return len(adapted)
+    return linears
 
 
 @torch.no_grad()
@@ -58,7 +64,7 @@ def _merge(module: AdaptedModule, adapter: LowRank) -> None:
 
 
 def _untie(model: PreTrainedModel, module: AdaptedModule) -> None:
-    """Gives an output head that shares the embedding's weight a weight of its own: the embedding must not change."""
+    """Gives what shares the embedding's weight (a tied output head) a weight of its own: only one of them changes."""
     embedding: Any = model.get_input_embeddings()
     base = module.base
     if base is not embedding and module.weight is embedding.weight:

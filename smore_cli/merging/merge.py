@@ -12,6 +12,7 @@ from smore_cli import __version__
 from smore_cli.atomic import atomic_folder, write_text
 from smore_cli.errors import CheckFailed, UsageError
 from smore_cli.merging.dense import merge_lora
+from smore_cli.merging.precision import PrecisionGap, precision_gap, require_quantised
 from smore_cli.merging.text import comparison_text
 from smore_cli.merging.verify import Difference, difference, logits_of
 from smore_cli.methods import load_method
@@ -45,6 +46,7 @@ class Merged:
         dtype: type of the weights.
         text: what the models were compared on.
         difference: the folder, reopened, against the adapter model.
+        precision: what the full-precision weights changed, where training had quantised ones.
     """
 
     out: Path
@@ -53,6 +55,7 @@ class Merged:
     dtype: str
     text: str
     difference: Difference
+    precision: PrecisionGap | None = None
 
     def document(self) -> dict[str, Any]:
         """Returns what merge.json holds."""
@@ -60,13 +63,21 @@ class Merged:
         return {**values, "out": str(self.out), "run": str(self.run), "smore_version": __version__}
 
 
-def merge(path: Path, out: Path, *, tolerance: float | None = None, device: torch.device | None = None) -> Merged:
+def merge(
+    path: Path,
+    out: Path,
+    *,
+    tolerance: float | None = None,
+    full_precision: bool = False,
+    device: torch.device | None = None,
+) -> Merged:
     """Merges the LoRA adapter of a run into its backbone and writes the result as a Hugging Face folder.
 
     Args:
         path: a run, a checkpoint or an adapter folder.
         out: must not exist.
         tolerance: largest mean KL, in nats, of the written model from the adapter; default: by `TOLERANCE`.
+        full_precision: merge into the unquantised weights, though the adapter was trained on quantised ones.
         device: default: the first CUDA device, else the CPU.
 
     Raises:
@@ -76,8 +87,9 @@ def merge(path: Path, out: Path, *, tolerance: float | None = None, device: torc
     if out.exists():
         raise UsageError(f"{out} already exists", "name a new folder; a merge replaces nothing")
     run = open_run(path)
-    _require_mergeable(run)
-    model, tokenizer = run.load(device)
+    _require_mergeable(run, full_precision)
+    precision = precision_gap(run, device) if full_precision else None
+    model, tokenizer = run.load(device, full_precision=full_precision)
     text = comparison_text(run.recipe, tokenizer)
     before = logits_of(model, text.texts)
     linears = merge_lora(model)
@@ -89,7 +101,7 @@ def merge(path: Path, out: Path, *, tolerance: float | None = None, device: torc
             save_tokenizer(tokenizer, folder)
         del model  # the folder is reopened beside it otherwise: two models in memory
         apart = difference(before, logits_of(_reopen(folder, place), text.texts))
-        merged = Merged(out, run.folder, linears, dtype, text.origin, apart)
+        merged = Merged(out, run.folder, linears, dtype, text.origin, apart, precision)
         if not apart.mean_kl <= allowed:  # also when it is not a number
             problem = (
                 f"the merged model differs from the adapter: mean KL {apart.mean_kl:.2e} nats, {allowed:g} allowed"
@@ -99,7 +111,7 @@ def merge(path: Path, out: Path, *, tolerance: float | None = None, device: torc
     return merged
 
 
-def _require_mergeable(run: Run) -> None:
+def _require_mergeable(run: Run, full_precision: bool) -> None:
     """Refuses what has no exact dense form, before anything is loaded."""
     name = run.adapter.method
     if load_method(name).routed:
@@ -108,11 +120,15 @@ def _require_mergeable(run: Run) -> None:
             "equals it",
             f"it stays usable as an adapter: smore eval {run.folder}",
         )
-    if run.quantization is not None:
+    if full_precision:
+        require_quantised(run)
+    elif run.quantization is not None:
+        bits = run.quantization.bits
         raise UsageError(
-            f"{run.folder} was trained on a {run.quantization.bits}-bit backbone: merging into 4 bits would round the "
+            f"{run.folder} was trained on a {bits}-bit backbone: merging into {bits} bits would round the "
             "update away, and the unquantised weights are not the ones it was trained on",
-            f"it stays usable as an adapter: smore eval {run.folder}",
+            "--full-precision merges into the unquantised ones and says what that changes; or keep it as an adapter: "
+            f"smore eval {run.folder}",
         )
 
 

@@ -87,6 +87,12 @@ class MethodConfig(BaseModel):
         Annotated[list[str], Field(min_length=1)] | str,
         Field(description="names of the linear maps to adapt, as in [q_proj, v_proj], or 'all-linear'"),
     ] = "all-linear"
+    modules_to_save: Annotated[
+        list[str],
+        Field(
+            description="modules trained as a whole beside the adapter and saved with it, as in [embed_tokens, lm_head]"
+        ),
+    ] = Field(default_factory=list)
 
     @property
     def row_groups(self) -> int | None:
@@ -104,6 +110,10 @@ class MethodConfig(BaseModel):
     @abstractmethod
     def num_parameters(self, site: Site) -> int:
         """Returns how many trainable numbers `build(site)` has, from the method's formula."""
+
+    def num_active_parameters(self, site: Site) -> int:
+        """Returns how many of them one token's update is made of, at most: without the experts it does not go to."""
+        return self.num_parameters(site)
 
 
 def available_methods() -> list[str]:

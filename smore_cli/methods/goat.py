@@ -109,3 +109,8 @@ class GOATConfig(MethodConfig):
     def num_parameters(self, site: Site) -> int:
         """All experts together have rank (d_in + d_out), the router s d_in; the subtracted start is not trained."""
         return self.rank * (site.in_features + site.out_features) + self.num_experts * site.in_features
+
+    def num_active_parameters(self, site: Site) -> int:
+        """Without the experts that are not picked."""
+        each = self.rank // self.num_experts * (site.in_features + site.out_features)
+        return self.num_parameters(site) - (self.num_experts - self.top_k) * each

@@ -178,6 +178,13 @@ class MixLoRAConfig(MethodConfig):
             return r * (d + site.out_features)
         return 3 * s * r * (d + site.hidden) + s * d
 
+    def num_active_parameters(self, site: Site) -> int:
+        """Without the experts that are not picked; top_p may pick all of them."""
+        if site.kind == "linear" or self._picks is None:
+            return self.num_parameters(site)
+        each = 3 * self.rank * (site.in_features + site.hidden)
+        return self.num_parameters(site) - (self.num_experts - self._picks) * each
+
 
 _ATTENTION = re.compile(r"mixlora\.(?P<path>layers\.\d+\.self_attn\.\w+)\.lora_(?P<half>[AB])\.weight")
 _GATE = re.compile(r"mixlora\.layers\.(?P<layer>\d+)\.(?:mlp\.moe_gate|gate)\.weight")

@@ -88,3 +88,8 @@ class MoELoRAConfig(MethodConfig):
     def num_parameters(self, site: Site) -> int:
         """Each of the s experts has r (d_in + d_out), and d_in in the router."""
         return self.num_experts * (self.rank * (site.in_features + site.out_features) + site.in_features)
+
+    def num_active_parameters(self, site: Site) -> int:
+        """Without the experts that are not picked."""
+        unused = self.num_experts - self.top_k
+        return self.num_parameters(site) - unused * self.rank * (site.in_features + site.out_features)

@@ -95,6 +95,11 @@ class MoLAConfig(MethodConfig):
         s = site.at_depth(self.num_experts)
         return s * (self.rank * (site.in_features + site.out_features) + site.in_features)
 
+    def num_active_parameters(self, site: Site) -> int:
+        """Without the experts that are not picked."""
+        unused = site.at_depth(self.num_experts) - self.top_k
+        return self.num_parameters(site) - unused * self.rank * (site.in_features + site.out_features)
+
 
 def settings_from_original(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a MoLA adapter of MoE-PEFT, from its adapter_config.json."""

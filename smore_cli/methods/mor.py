@@ -79,3 +79,8 @@ class MoRConfig(MethodConfig):
         main = routers if routers > 1 else 0
         experts = s * self.rank * (site.in_features + site.out_features)
         return experts + (routers * s + main) * site.in_features
+
+    def num_active_parameters(self, site: Site) -> int:
+        """Without the experts that are not picked."""
+        unused = self.num_experts - self.top_k
+        return self.num_parameters(site) - unused * self.rank * (site.in_features + site.out_features)

@@ -174,6 +174,17 @@ class SMoREConfig(MethodConfig):
         slopes = levels * ((self.activation == "prelu") + (self.router_activation == "prelu"))
         return experts + router + slopes
 
+    def num_active_parameters(self, site: Site) -> int:
+        """Without the experts that no node picks: a level has at most as many different ones as it has nodes."""
+        if self.shared_pool:
+            return self.num_parameters(site)
+        found, width, nodes = self.num_parameters(site), 0, math.prod(self.children)
+        for s, r, children in zip(self.num_experts, self.rank, self.children, strict=True):
+            width += s * r  # d_{l+1}, what the levels up to this one make
+            found -= max(s - nodes, 0) * (r * (site.in_features + 1) + width * (r + 1))
+            nodes //= children
+        return found
+
 
 _ORIGINAL_NAMES = {
     r"moe_A\.(\d+)": "A.{0}",

@@ -3,6 +3,7 @@
     method: lora   PEFT's own format and names, base_model.model.<path>.lora_A.weight; PEFT loads it and we load PEFT's
     routed         {"method": ..., its fields ..., "base_model_name_or_path", "revision", "smore_version"},
                    tensors named <path>.<parameter>, and prior.centroids where sequences have a prior
+    both           what `modules_to_save` names, whole, under the tensors' own names in the backbone
 
 Keys are sorted and nothing depends on time or machine, so equal adapters are equal files.
 """
@@ -24,9 +25,10 @@ from smore_cli.atomic import write_bytes, write_text
 from smore_cli.errors import AdapterError
 from smore_cli.methods import MethodConfig, config_from_dict
 from smore_cli.methods.lora import LoRAConfig
-from smore_cli.models.peft_format import from_peft, is_peft, peft_name, to_peft
+from smore_cli.models.peft_format import from_peft, is_peft, peft_name, peft_saved_name, to_peft
 from smore_cli.models.source import one_line
 from smore_cli.nn import adapted_modules, attach, detach
+from smore_cli.nn.full_copy import FullCopy
 from smore_cli.nn.prior_hooks import priors_of
 from smore_cli.recipe.schema import ModelConfig
 
@@ -210,13 +212,19 @@ def _make_room_for_prior(model: nn.Module, adapter: AdapterFolder, name: str) ->
 
 def _parameters(model: nn.Module, config: MethodConfig, name: str) -> dict[str, torch.Tensor]:
     """Returns an adapter's parameters, and what its prior holds, by their names in the file."""
-    rename = peft_name if isinstance(config, LoRAConfig) else "{}.{}".format
-    parameters = {
-        rename(path, key): parameter
-        for path, module in adapted_modules(model).items()
-        if name in module.adapters
-        for key, parameter in module.adapter_state(name).items()
-    }
+    peft = isinstance(config, LoRAConfig)
+    parameters: dict[str, torch.Tensor] = {}
+    for path, module in adapted_modules(model).items():
+        if name not in module.adapters:
+            continue
+        adapter = module.adapter(name)
+        if isinstance(adapter, FullCopy):
+            rename = peft_saved_name if peft else "{}.{}".format
+            state = adapter.saved_state()
+        else:
+            rename = peft_name if peft else "{}.{}".format
+            state = module.adapter_state(name)
+        parameters |= {rename(path, key): parameter for key, parameter in state.items()}
     if (prior := priors_of(model).get(name)) is not None:
         parameters |= {f"prior.{key}": tensor for key, tensor in prior.state_dict(keep_vars=True).items()}
     return parameters
@@ -224,7 +232,11 @@ def _parameters(model: nn.Module, config: MethodConfig, name: str) -> dict[str, 
 
 def _config_values(model: nn.Module, config: MethodConfig, base: ModelConfig, name: str) -> dict[str, Any]:
     if isinstance(config, LoRAConfig):
-        adapted = {path: module for path, module in adapted_modules(model).items() if name in module.adapters}
+        adapted = {
+            path: module
+            for path, module in adapted_modules(model).items()
+            if name in module.adapters and not isinstance(module.adapter(name), FullCopy)
+        }
         transposed = any(type(module.base).__name__ == "Conv1D" for module in adapted.values())
         paths = [path for path, _ in model.named_modules()]
         return to_peft(config, base, adapted, paths, transposed=transposed)

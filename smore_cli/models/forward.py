@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,7 +36,7 @@ def target_logits(model: nn.Module, batch: Batch, **model_kwargs: Any) -> Tensor
         output = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=_attention_mask(getattr(model, "module", model), batch),
             use_cache=False,
             **model_kwargs,
         )
@@ -48,6 +49,25 @@ def target_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     return -F.cross_entropy(target_logits(model, batch).float(), batch.targets, reduction="none")
 
 
+def _attention_mask(model: Any, batch: Batch) -> Tensor | dict[str, Tensor] | None:
+    """Returns a batch's mask with the model's sliding window in it.
+
+    Transformers applies a window to the masks that it makes itself, and takes a dense one (of rows with branches) for
+    all layers as it is: a model would be trained with a view that it never has again.
+    """
+    mask, config = batch.attention_mask, model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if mask is None or mask.dim() != 4 or not window:
+        return mask
+    places = batch.position_ids  # of a branch they go on from the prompt's, wherever in the row it lies
+    outside = places[:, None, :, None] - places[:, None, None, :] >= window  # (B, 1, S, S)
+    windowed = mask.masked_fill(outside, torch.finfo(mask.dtype).min)
+    layers = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if layers == {"sliding_attention"}:
+        return windowed
+    return {"full_attention": mask, "sliding_attention": windowed} if "sliding_attention" in layers else mask
+
+
 @contextmanager
 def _head_only_at(model: nn.Module, sources: Tensor) -> Iterator[None]:
     """Makes the output embedding see only the hidden states at `sources` (flat indices into B*S)."""
@@ -58,7 +78,8 @@ def _head_only_at(model: nn.Module, sources: Tensor) -> Iterator[None]:
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0]  # (B, S, d)
-        return (hidden.flatten(0, 1).index_select(0, sources)[None],)  # (1, n, d)
+        rows = sources.to(hidden.device)  # of a model on several GPUs the last has the head
+        return (hidden.flatten(0, 1).index_select(0, rows)[None],)  # (1, n, d)
 
     handle = head.register_forward_pre_hook(select)
     try:

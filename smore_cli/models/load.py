@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smore_cli.errors import ModelError
+from smore_cli.models.device import default_device, resolve_dtype
+from smore_cli.models.placement import device_map_of, require_no_offload
+from smore_cli.models.quantised import bitsandbytes_config, make_trainable
 from smore_cli.models.quiet import quiet
 from smore_cli.models.source import ModelSource, find_source, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from smore_cli.recipe.schema import ModelConfig, QuantizationConfig
 
@@ -43,24 +46,26 @@ class Backbone:
 def load_backbone(
     config: ModelConfig, quantization: QuantizationConfig | None = None, device: torch.device | None = None
 ) -> Backbone:
-    """Loads a backbone, in 4 bits if asked.
+    """Loads a backbone, in 4 or 8 bits if asked, and over several GPUs if asked.
 
     Args:
         config: which model, and its compute type.
-        quantization: None: the weights are in the compute type. Otherwise linear maps are 4-bit, and embeddings, norms
-            and the output head stay in the compute type: the same here in training, evaluation and after a reload.
+        quantization: None: the weights are in the compute type. Otherwise linear maps are quantised, and embeddings,
+            norms and the output head stay in the compute type: the same in training, evaluation and after a reload.
         device: default: the first CUDA device, else the CPU.
 
     Raises:
-        ModelError: no such model, not a causal language model, damaged or incomplete weights, no attention kernel.
+        ModelError: no such model, not a causal language model, damaged or incomplete weights, no attention kernel, or
+            it does not fit on the GPUs.
     """
     from transformers import AutoModelForCausalLM
 
     device = device or default_device()
     dtype = resolve_dtype(config, device)
+    _check_attention(config, device)
+    device_map = device_map_of(config, device)
     source = find_source(config)
     settings = _read_config(source)
-    _check_attention(config)
     tokenizer = _read_tokenizer(source, settings)  # before the weights: what fails should fail in the first second
     with quiet(), _one_line(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -71,14 +76,15 @@ def load_backbone(
             trust_remote_code=False,
             dtype=dtype,
             attn_implementation=config.attn_implementation,
-            quantization_config=_bitsandbytes(quantization, dtype),
-            device_map={"": device},
+            quantization_config=bitsandbytes_config(quantization, dtype),
+            device_map=device_map,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     model, info = loaded
     _require_all_weights(source, info)
-    _keep_four_bit_weights_exact(model)
+    require_no_offload(source.name, getattr(model, "hf_device_map", None))
+    make_trainable(model)
     model.requires_grad_(False)
     model.eval()
     return Backbone(model, tokenizer, source.name)
@@ -107,20 +113,6 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     source = find_source(config)
     return _read_tokenizer(source, _read_config(source))
-
-
-def default_device() -> torch.device:
-    """Returns the first CUDA device, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Returns the compute type: `auto` is bfloat16 on a GPU that has it, else float32."""
-    if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    # Emulated bfloat16 (older GPUs) and bfloat16 on a CPU without it are about 3x slower than float32.
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
 
 
 def _read_config(source: ModelSource) -> PreTrainedConfig:
@@ -160,19 +152,6 @@ def _define_padding(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, sou
     tokenizer.pad_token = tokenizer.eos_token
 
 
-def _bitsandbytes(quantization: QuantizationConfig | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if quantization is None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
 def _require_all_weights(source: ModelSource, info: dict[str, Any]) -> None:
     """Refuses what transformers only warns about: tensors that would be left at random numbers."""
     hint = "config.json and the weights do not belong together, or some files are missing"
@@ -184,18 +163,10 @@ def _require_all_weights(source: ModelSource, info: dict[str, Any]) -> None:
         raise ModelError(f"model {source.name}: {len(mismatched)} tensors have another size, as {sizes}", hint)
 
 
-def _keep_four_bit_weights_exact(model: PreTrainedModel) -> None:
-    """Forbids bitsandbytes to repack 4-bit weights on CPUs with AVX512-BF16.
-
-    It does so at the first forward pass in evaluation mode, for good: scales are rounded to bfloat16 and no gradient
-    passes any more, so that training after an evaluation is wrong, and the same run gives other numbers elsewhere.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def _check_attention(config: ModelConfig) -> None:
+def _check_attention(config: ModelConfig, device: torch.device) -> None:
+    if config.attn_implementation == "flex_attention" and device.type == "cpu":
+        problem = "model.attn_implementation: flex_attention has no backward pass on a CPU"
+        raise ModelError(problem, "use sdpa")
     if config.attn_implementation != "flash_attention_2":
         return
     from transformers.utils.import_utils import is_flash_attn_2_available

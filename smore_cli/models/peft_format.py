@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from smore_cli.methods.lora import LoRAConfig
     from smore_cli.recipe.schema import ModelConfig
 
-__all__ = ["CONVERTED", "from_peft", "is_peft", "peft_name", "short_names", "to_peft"]
+__all__ = ["CONVERTED", "from_peft", "is_peft", "peft_name", "peft_saved_name", "short_names", "to_peft"]
 
 CONVERTED = {"HIER_MOE": "smore", "MIXLORA": "mixlora", "MOLA": "mola", "DYNMOLE": "dynmole"}
 """`peft_type` of other programs' adapters that `smore import` converts, and the method each becomes."""
@@ -28,8 +28,8 @@ _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 _UNDERSTOOD = frozenset(
     """auto_mapping base_model_name_or_path bias corda_config eva_config exclude_modules fan_in_fan_out inference_mode
     init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config
-    megatron_config megatron_core peft_type peft_version qalora_group_size r revision runtime_config target_modules
-    task_type use_dora use_rslora""".split()  # noqa: SIM905 (as a list it would be one name a line)
+    megatron_config megatron_core modules_to_save peft_type peft_version qalora_group_size r revision runtime_config
+    target_modules task_type use_dora use_rslora""".split()  # noqa: SIM905 (as a list it would be one name a line)
 )
 _CHANGES_THE_BACKBONE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -43,6 +43,11 @@ def peft_name(path: str, parameter: str) -> str:
     """Returns PEFT's name of a parameter: `lora_A` of `model.layers.0.mlp.up_proj`."""
     name = f"{_PREFIX}{path}.{parameter}"
     return name if parameter == "lora_magnitude_vector" else f"{name}.weight"  # PEFT wrote it so before it was a module
+
+
+def peft_saved_name(path: str, parameter: str) -> str:
+    """Returns PEFT's name of a tensor of a module that is saved whole."""
+    return f"{_PREFIX}{path}.{parameter}"
 
 
 def to_peft(
@@ -70,7 +75,7 @@ def to_peft(
         "layers_to_transform": None,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "lora_dropout": config.dropout,
-        "modules_to_save": None,
+        "modules_to_save": config.modules_to_save or None,
         "peft_type": "LORA",
         "r": config.rank,
         "rank_pattern": {},
@@ -112,6 +117,7 @@ def from_peft(values: dict[str, Any], tensor_names: Iterable[str], modules: Iter
             target_modules=short_names(paths, modules),
             rank=int(values["r"]),
             alpha=float(values["lora_alpha"]),
+            modules_to_save=list(values.get("modules_to_save") or []),
             dropout=float(values.get("lora_dropout", 0.0)),
             use_rslora=bool(values.get("use_rslora")),
             use_dora=bool(values.get("use_dora")),

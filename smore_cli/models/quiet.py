@@ -28,6 +28,7 @@ def quiet(*, progress: bool | None = None) -> Iterator[None]:
 
     bitsandbytes = logging.getLogger("bitsandbytes")
     verbosity, hub_verbosity, bars = hf.get_verbosity(), hub.get_verbosity(), hf.is_progress_bar_enabled()
+    level = bitsandbytes.level
     hf.set_verbosity(logging.ERROR)
     hub.set_verbosity(logging.ERROR)
     bitsandbytes.setLevel(logging.ERROR)
@@ -37,7 +38,7 @@ def quiet(*, progress: bool | None = None) -> Iterator[None]:
     finally:
         hf.set_verbosity(verbosity)
         hub.set_verbosity(hub_verbosity)
-        bitsandbytes.setLevel(logging.NOTSET)
+        bitsandbytes.setLevel(level)
         _set_bars(bars)
 
 

@@ -48,14 +48,21 @@ class Run:
         """How the backbone was quantised."""
         return None if self.recipe is None else self.recipe.quantization
 
-    def load(self, device: torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(
+        self, device: torch.device | None = None, *, full_precision: bool = False
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Loads the backbone as it was in training, with the adapter attached and active, in evaluation mode.
+
+        Args:
+            device: default: the first CUDA device, else the CPU.
+            full_precision: load the weights as they are in the model's files, though training had them quantised;
+                `smore_cli.merging.precision` measures what that changes.
 
         Raises:
             ModelError: the backbone cannot be loaded.
             AdapterError: the adapter does not fit it.
         """
-        backbone = load_backbone(self.model, self.quantization, device)
+        backbone = load_backbone(self.model, None if full_precision else self.quantization, device)
         load_adapter(backbone.model, self.adapter.folder)
         use_tokenizer(backbone.model, backbone.tokenizer)
         return backbone.model, backbone.tokenizer

@@ -1,4 +1,4 @@
-"""Where a backbone comes from: a bundled model, a local folder, or the hub, found out before anything heavy is loaded.
+"""Where a backbone comes from: a bundled model, a folder, a GGUF file, or the hub, found out before it is loaded.
 
 A local folder never causes a network call. The hub gets one short question first: transformers by itself retries an
 unreachable hub for 23 seconds, and says the same to a mistyped name as to a missing connection.
@@ -32,9 +32,9 @@ class ModelSource:
     """What transformers' `from_pretrained` is given.
 
     Attributes:
-        name: a folder, or a hub name.
+        name: a folder (maybe in the hub's cache, when the hub is out of reach), or a hub name.
         revision: of a hub model.
-        local: whether only local files may be used: a folder, or the hub's cache when the hub is out of reach.
+        local: whether it is a folder, so that only local files are used.
     """
 
     name: str
@@ -58,11 +58,16 @@ def find_source(config: ModelConfig) -> ModelSource:
         if not (path / "config.json").is_file():
             raise ModelError(f"model folder {path} has no config.json", _hint_for_folder(path))
         return ModelSource(str(path), None, local=True)
+    if path.suffix.lower() == ".gguf":
+        return _converted(path, config)
     if path.is_file():
         raise ModelError(f"model {path} is a file", "name the folder that holds config.json and the weights")
     if not _HUB_NAME.fullmatch(name):
         raise ModelError(f"model folder {path} does not exist", _suggestion(path))
-    return ModelSource(name, config.revision, local=not _hub_has(config))
+    if (cached := _only_cached(config)) is not None:
+        # Given the name, transformers would go on asking the hub for files the cache lacks, with 23 seconds of retries.
+        return ModelSource(str(cached), None, local=True)
+    return ModelSource(name, config.revision, local=False)
 
 
 def one_line(error: BaseException) -> str:
@@ -73,6 +78,19 @@ def one_line(error: BaseException) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+def _converted(gguf: Path, config: ModelConfig) -> ModelSource:
+    """Returns the folder that a GGUF file was converted to, now or earlier."""
+    from smore_cli.models.device import default_device, resolve_dtype
+    from smore_cli.models.gguf import gguf_folder
+
+    if not gguf.is_file():
+        near = difflib.get_close_matches(gguf.name, [file.name for file in gguf.parent.glob("*.gguf")], n=1)
+        hint = f"did you mean {gguf.with_name(near[0])}?" if near else "give the path of the file"
+        raise ModelError(f"model file {gguf} does not exist", hint)
+    _refuse_revision(config)
+    return ModelSource(str(gguf_folder(gguf, resolve_dtype(config, default_device()))), None, local=True)
+
+
 def _refuse_revision(config: ModelConfig) -> None:
     if config.revision is not None:
         raise ModelError(f"model '{config.name_or_path}' is local and has no revisions", "remove model.revision")
@@ -81,8 +99,8 @@ def _refuse_revision(config: ModelConfig) -> None:
 def _hint_for_folder(path: Path) -> str:
     if (path / "adapter_config.json").is_file():
         return "it is an adapter: name its backbone here, and give the adapter to the command"
-    if any(path.glob("*.gguf")):
-        return "GGUF files are read only for bundled models; use the model's Hugging Face folder"
+    if files := sorted(path.glob("*.gguf")):
+        return f"to use a GGUF file, name it: {files[0]}"
     inner = sorted(child.name for child in path.iterdir() if (child / "config.json").is_file())
     return f"did you mean {path / inner[0]}?" if inner else "it must hold config.json, the weights and the tokenizer"
 
@@ -100,8 +118,8 @@ def _folders(path: Path) -> list[Path]:
     return [child for child in path.iterdir() if child.is_dir()] if path.is_dir() and os.access(path, os.R_OK) else []
 
 
-def _hub_has(config: ModelConfig) -> bool:
-    """Whether the hub answers and has the model; false if the hub is out of reach but its cache has the model.
+def _only_cached(config: ModelConfig) -> Path | None:
+    """Returns the model's folder in the hub's cache where the hub is out of reach; None: the hub has it.
 
     Raises:
         ModelError: there is no such model or revision, access to it is missing, or it can be had nowhere.
@@ -127,13 +145,13 @@ def _hub_has(config: ModelConfig) -> bool:
     except Exception as error:
         if not _is_connection_failure(error):
             raise
-        if _is_cached(config):
-            return False
+        if (folder := _cached_folder(config)) is not None:
+            return folder
         offline = type(error).__name__ == "OfflineModeIsEnabled"
         why = "offline mode is on" if offline else "the hub cannot be reached"
         problem = f"there is no folder '{name}', no hub model of that name in the cache, and {why}"
         raise ModelError(problem, _suggestion(Path(name))) from error
-    return True
+    return None
 
 
 def _is_connection_failure(error: Exception) -> bool:
@@ -141,7 +159,8 @@ def _is_connection_failure(error: Exception) -> bool:
     return isinstance(error, OSError) or any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
-def _is_cached(config: ModelConfig) -> bool:
+def _cached_folder(config: ModelConfig) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(config.name_or_path, "config.json", revision=config.revision), str)
+    found = try_to_load_from_cache(config.name_or_path, "config.json", revision=config.revision)
+    return Path(found).parent if isinstance(found, str) else None

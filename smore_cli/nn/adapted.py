@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,15 @@ class Adapter(nn.Module, ABC):
     Attributes:
         expert_axes: for parameters that hold one block an expert: the tree level and the dimension along which the
             experts lie, in order. The gradient census looks at each expert by itself through it.
+        up_projections: first names of the parameters that map from rank space to a width of the backbone, LoRA's B:
+            LoRA+ lets them learn faster.
+        stacked_biases: first names of the parameters that are biases though they have two dimensions, one row an
+            expert: weight decay spares them.
     """
 
     expert_axes: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    up_projections: frozenset[str] = frozenset()
+    stacked_biases: frozenset[str] = frozenset()
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -113,8 +119,12 @@ def add_projection(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = N
 
 
 def dense_weight(base: nn.Module) -> Tensor:
-    """Returns a linear map's weight as (d_out, d_in), a 4-bit one dequantised, GPT-2's `Conv1D` transposed."""
+    """Returns a linear map's weight as (d_out, d_in), a 4- or 8-bit one dequantised, GPT-2's `Conv1D` transposed."""
     weight = cast("Tensor", base.weight)
+    if weight.dtype == torch.int8:  # LLM.int8: the rows' largest values move from the weight to the state at first use
+        scales = cast("Tensor | None", getattr(weight, "SCB", None))
+        scales = cast("Tensor", cast("Any", base).state.SCB) if scales is None else scales
+        return weight.data.float() * (scales.float()[:, None] / 127)
     if (state := getattr(weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
 

@@ -58,6 +58,8 @@ class Bank(Adapter):
         losses: auxiliary losses of the router.
     """
 
+    up_projections = frozenset({"B"})
+
     def __init__(
         self,
         d_in: int,

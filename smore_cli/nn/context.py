@@ -2,7 +2,7 @@
 
 One explicit object, made current around the model call:
 
-    with AdapterContext(token_mask=batch.token_mask) as context:
+    with AdapterContext.of(batch) as context:
         loss = ...model(...)
     loss = loss + context.aux_loss()
 
@@ -10,6 +10,9 @@ A balance loss is a function of *sums over tokens*, so the records keep the sums
 step be split at will: with S the sums over a whole step and S_i those of one forward pass, `aux_loss(S)` evaluates the
 loss at S while its gradient flows through S_i alone; over all passes that adds up to the gradient of the loss of the
 whole step.
+
+A sequence is a row of the batch, or, where several documents share a row (`smore_cli.data.packing`), a document. What
+is known of each sequence (its group, its prior) then has D entries, one a document, in the order of `places`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
     from torch import Tensor, nn
+
+    from smore_cli.data.batch import Batch
 
 __all__ = [
     "AdapterContext",
@@ -112,9 +117,11 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
         observe: called with the `RoutingTrace` of every router, for inspection.
         records: what the auxiliary losses need, in the order of the forward pass.
         loads: how busy the experts were, in the same order; filled where `aux` is on.
-        groups: (B,) the group each row belongs to, for losses that know of groups (LoRAMoE).
-        prior: (B, K) what is known of each row before its tokens are routed (T-REX).
-        prompt_mask: (B, S), true on the tokens a row's prior is computed from; None: all real tokens.
+        groups: (B,) the group each sequence belongs to, for losses that know of groups (LoRAMoE).
+        prior: (B, K) what is known of each sequence before its tokens are routed (T-REX).
+        prompt_mask: (B, S), true on the tokens a sequence's prior is computed from; None: all real tokens.
+        documents: (B, S) int64, the number of each token's document, -1 on padding; None: a row is one document.
+        places: (D, L) int64, where in B*S the tokens of each document are, -1 beyond its end; given with `documents`.
         entered_by: what made it current, where that was no `with` block but a hook (`prior_hooks`).
     """
 
@@ -126,8 +133,22 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
     groups: Tensor | None = None
     prior: Tensor | None = None
     prompt_mask: Tensor | None = None
+    documents: Tensor | None = None
+    places: Tensor | None = None
     entered_by: object = field(default=None, repr=False)
     _tokens: list[Token[AdapterContext | None]] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(cls, batch: Batch, **fields: Any) -> AdapterContext:
+        """Returns the context of a batch; `fields` are the attributes that no batch knows of."""
+        return cls(
+            token_mask=batch.token_mask,
+            groups=batch.groups,
+            prompt_mask=batch.prompt_mask,
+            documents=batch.documents,
+            places=batch.places,
+            **fields,
+        )
 
     def __enter__(self) -> AdapterContext:
         """Makes this context current."""
@@ -150,6 +171,20 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
             raise ValueError(f"token_mask has {self.token_mask.numel()} tokens, the hidden states have {num_tokens}")
         return self.token_mask.reshape(-1).to(device) != 0
 
+    def by_sequence(self, values: Tensor) -> Tensor:
+        """Returns one value a token, (N, ...), sequence by sequence: (D, L, ...), 0 (false) beyond a sequence's end."""
+        if self.places is None:
+            return values.view(self._num_rows(), -1, *values.shape[1:])
+        places = self.places.to(values.device)  # (D, L)
+        beyond = (places < 0).view(*places.shape, *(1 for _ in values.shape[1:]))
+        return values[places.clamp_min(0)].masked_fill(beyond, 0)
+
+    def _num_rows(self) -> int:
+        """Returns the rows of the batch: of what is known of it; 1 where nothing tells where a sequence ends."""
+        if self.groups is not None:
+            return len(self.groups)
+        return len(self.token_mask) if self.token_mask is not None and self.token_mask.dim() > 1 else 1
+
     def statistics(self) -> list[Tensor]:
         """Returns the detached sums of every record, in order; they add up over forward passes and processes."""
         return [record.sums.detach() for record in self.records]
@@ -164,7 +199,7 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
         groups: dict[tuple[Hashable, torch.Size], list[Tensor]] = defaultdict(list)
         for i, record in enumerate(self.records):
             sums = record.sums if totals is None else totals[i] + (record.sums - record.sums.detach())
-            groups[record.loss, sums.shape].append(sums)
+            groups[record.loss, sums.shape].append(sums.to(self.records[0].sums.device))  # of layers on several GPUs
         losses = [loss(torch.stack(sums)).sum() for (loss, _), sums in groups.items()]  # type: ignore[operator]
         return torch.stack(losses).sum() if losses else torch.zeros(())
 

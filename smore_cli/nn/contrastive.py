@@ -56,8 +56,10 @@ class ExpertContrastLoss:
         if mask is None or context.token_mask is None:  # without a mask nothing tells where a sequence ends
             mask = latent.new_ones(1, len(latent), dtype=torch.bool)
         else:
-            mask = mask.view(-1, context.token_mask.shape[-1])
+            mask = context.by_sequence(mask)
         tokens, real = evenly_spaced(mask, self.max_tokens)  # (b, M)
+        if context.places is not None:  # places among the documents, of which each has its own in the batch
+            tokens = context.places.to(tokens.device).flatten()[tokens].clamp_min(0)
         picks = routing.gates if routing.picked is None else routing.picked.to(routing.gates.dtype)
         experts = picks.squeeze(1)[tokens].topk(self.top_k, -1).indices  # (b, M, k)
         with torch.autocast(latent.device.type, enabled=False):

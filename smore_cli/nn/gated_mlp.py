@@ -73,6 +73,8 @@ class GatedExperts(Adapter):
         losses: auxiliary losses of the router.
     """
 
+    up_projections = frozenset({"gate_B", "up_B", "down_B"})
+
     def __init__(
         self,
         d: int,

@@ -25,8 +25,9 @@ __all__ = ["LocalisedBalanceLoss"]
 class LocalisedBalanceLoss:
     """coefficient * var(Z) / mean(Z) (Dou et al. 2023), by sums over samples: exact however a step is split.
 
-    A sample is a row of the batch. Experts are dealt to the groups in order: of 6 experts and 2 groups, the first three
-    belong to group 0. Z grows with the number of tokens of a sample, and the paper's form of the loss with it.
+    A sample is a row of the batch, or a document where these are packed. Experts are dealt to the groups in order: of 6
+    experts and 2 groups, the first three belong to group 0. Z grows with the number of tokens of a sample, and the
+    paper's form of the loss with it.
 
     Sums, by expert: row 0 the sum of Z, row 1 that of Z squared, row 2 the number of samples.
 
@@ -51,9 +52,8 @@ class LocalisedBalanceLoss:
         gates = routing.gates.sum(1)  # (N, s)
         mask = context.flat_mask(len(gates), gates.device)
         real = gates.new_ones(len(gates), 1) if mask is None else mask.to(gates.dtype)[:, None]
-        rows = _num_rows(context)
-        importance = (gates * real).view(rows, -1, gates.shape[-1]).sum(1)  # (B, s)
-        sampled = real.view(rows, -1).amax(1, keepdim=True)  # (B, 1), 0 for a row without a real token
+        importance = context.by_sequence(gates * real).sum(1)  # (B, s)
+        sampled = context.by_sequence(real).amax(1)  # (B, 1), 0 for a sequence without a real token
         z = importance * self._indicator(importance, context)
         return torch.stack([z.sum(0), z.square().sum(0), sampled.expand_as(z).sum(0)])
 
@@ -77,10 +77,3 @@ class LocalisedBalanceLoss:
         of_expert = torch.arange(s, device=importance.device) // (s // self.num_groups)  # (s,)
         same = context.groups.to(importance.device)[:, None] == of_expert
         return 1 + self.delta * (2 * same.to(importance.dtype) - 1)
-
-
-def _num_rows(context: AdapterContext) -> int:
-    """Returns the number of samples of a pass: rows of what the context knows of it; 1 where it knows nothing."""
-    if context.groups is not None:
-        return len(context.groups)
-    return len(context.token_mask) if context.token_mask is not None and context.token_mask.dim() > 1 else 1

@@ -33,6 +33,8 @@ class LowRank(Adapter):
         dropout: probability of dropping an element of x before A, while training.
     """
 
+    up_projections = frozenset({"lora_B"})
+
     def __init__(self, d_in: int, d_out: int, *, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(rank, d_in))

@@ -61,13 +61,16 @@ class PriorRouter(Router):
         self.on_missing = on_missing
 
     def forward(self, features: Tensor) -> Routing:
-        """Routes (N, d) features, N being B sequences of equal length one after another."""
+        """Routes (N, d) features: rows of equal length one after another, each a sequence or a pack of documents."""
         routing = super().forward(features)
         mix, scale = torch.sigmoid(self.sharpness * self.omega), torch.sigmoid(self.sharpness * self.g)
         gates = self.token_scale * mix * routing.probabilities  # (N, 1, K)
         if (prior := self._prior(len(features), gates)) is not None:
-            share = self.prior_scale * (1 - mix) * prior  # (B, K); constant over a sequence, so never made for a token
-            gates = (gates.view(len(prior), -1, self.num_experts) + share[:, None]).view_as(gates)
+            share = self.prior_scale * (1 - mix) * prior  # (B, K); constant over a row, so never made for a token
+            if (documents := _documents(len(features))) is None:
+                gates = (gates.view(len(prior), -1, self.num_experts) + share[:, None]).view_as(gates)
+            else:  # padding takes that of the first document, which nothing sees
+                gates = gates + share[documents.to(share.device).clamp_min(0)][:, None]
         return replace(routing, gates=scale * gates)
 
     def _prior(self, num_tokens: int, like: Tensor) -> Tensor | None:
@@ -77,13 +80,21 @@ class PriorRouter(Router):
         context = current_context()
         if context is not None and context.prior is not None:
             prior = context.prior
-            if prior.dim() != 2 or prior.shape[1] != self.num_experts or num_tokens % len(prior):
+            fits = _documents(num_tokens) is not None or num_tokens % len(prior) == 0
+            if prior.dim() != 2 or prior.shape[1] != self.num_experts or not fits:
                 shape = tuple(prior.shape)
                 raise AdapterError(f"a prior {shape} is not (sequences, {self.num_experts}) for {num_tokens} tokens")
             return prior.to(like)
         if self.on_missing == "error":
             raise AdapterError("the adapter needs the prior of every sequence, and none is known", HINT)
         return like.new_full((1, self.num_experts), 1 / self.num_experts) if self.on_missing == "uniform" else None
+
+
+def _documents(num_tokens: int) -> Tensor | None:
+    """Returns the document of each token, (N,), where documents share the rows of the batch."""
+    context = current_context()
+    documents = None if context is None else context.documents
+    return None if documents is None or documents.numel() != num_tokens else documents.reshape(-1)
 
 
 HINT = "call the whole model on token ids, or give AdapterContext(prior=...), or set on_missing_prior: zero or uniform"
@@ -99,8 +110,10 @@ class PriorBank(Bank):
             AdapterError: the prior is for another number of sequences than x (B, S, d_in) has.
         """
         context = current_context()
-        if context is not None and context.prior is not None and x.dim() > 2 and len(x) != len(context.prior):
-            raise AdapterError(f"a prior for {len(context.prior)} sequences met a batch of {len(x)}", HINT)
+        if context is not None and context.prior is not None and x.dim() > 2:
+            rows = len(context.prior) if context.documents is None else len(context.documents)
+            if len(x) != rows:
+                raise AdapterError(f"a prior for {rows} sequences met a batch of {len(x)}", HINT)
         return super().forward(x, y)
 
 

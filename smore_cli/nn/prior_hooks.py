@@ -1,7 +1,8 @@
 """From the prompt to the layers: the prior is worked out by itself whenever an adapted model is called.
 
 A hook before the model's forward pass makes an `AdapterContext` current that holds the prior of every row, and one
-after it leaves that context again. Where the prompt of a row is found, in this order:
+after it leaves that context again. (Where `context.documents` share rows, read document for row.) Where the prompt of a
+row is found, in this order:
 
     context.prior           given by the caller: taken as it is
     `generate`              the prompt is what `generate` was given; each beam has the prior of its prompt
@@ -150,7 +151,7 @@ class _Priors:
         context.__exit__()
         inputs = _named(model, args, kwargs)
         cache = next((c for name in _CACHES if (c := getattr(output, name, None)) is not None), None) or _cache(inputs)
-        if hasattr(cache, "get_seq_length") and context.prior is not None:
+        if hasattr(cache, "get_seq_length") and context.prior is not None and context.places is None:
             self._of_cache[cache] = (self.active, context.prior.detach())
 
     def _find(
@@ -168,7 +169,7 @@ class _Priors:
                 )
             return given.repeat_interleave(len(rows) // len(given), dim=0)
         if context.prior is not None:
-            return _checked(context.prior, prior.num_experts, rows)
+            return _checked(context.prior, prior.num_experts, rows if context.places is None else context.places)
         if cache is not None and not _is_empty(cache):
             name, known = self._of_cache.get(cache, (None, None))
             if known is None or name != self.active:
@@ -179,6 +180,10 @@ class _Priors:
         if ids is None:
             return _missing(prior, "the model was called without token ids")
         mask = _prompt_mask(context, inputs.get("attention_mask"), ids)
+        if context.places is not None and mask is not None:  # document by document, (D, L)
+            places = context.places.to(ids.device)
+            ids, mask = (t.to(ids.device).reshape(-1)[places.clamp_min(0)] for t in (ids, mask))
+            mask = (mask != 0) & (places >= 0)
         return self._scores(model, prior, ids, mask)
 
     def _scores(self, model: nn.Module, prior: SequencePrior, ids: Tensor, mask: Tensor | None) -> Tensor | None:

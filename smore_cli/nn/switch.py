@@ -66,22 +66,29 @@ class SwitchRouter(Router):
         if self.training and self.capacity is not None and picked is not None:
             context = current_context()
             real = None if context is None else context.flat_mask(len(picked), picked.device)
-            gates = gates * within_capacity(picked, real, length=length, capacity=self.capacity)
+            gates = gates * within_capacity(picked, real, length=length, capacity=self.capacity, context=context)
         return Routing(logits, probabilities, gates, picked)
 
 
-def within_capacity(picked: Tensor, real: Tensor | None, *, length: int, capacity: int) -> Tensor:
+def within_capacity(
+    picked: Tensor, real: Tensor | None, *, length: int, capacity: int, context: AdapterContext | None = None
+) -> Tensor:
     """Returns which places in the queues of the experts are within the capacity, (N, G, s) bool.
 
     Args:
         picked: (N, G, s) bool, sequence by sequence.
         real: (N,) bool, the tokens that take a place; None: all.
-        length: tokens of a sequence, padding included.
+        length: tokens of a row of the batch, padding included.
         capacity: how many places an expert has for each sequence.
+        context: knows where documents share a row, each of which has queues of its own.
     """
     counted = picked if real is None else picked & real[:, None, None]
-    place = counted.view(-1, length, *picked.shape[1:]).cumsum(1)  # a token's own place included, from 1
-    return (place <= capacity).view(picked.shape)
+    place = counted.view(-1, length, *picked.shape[1:]).cumsum(1).view(picked.shape)  # own place included, from 1
+    if context is not None and context.documents is not None and context.places is not None:
+        start = context.places[:, 0].to(place.device)  # (D,)
+        before = place[start] - counted[start].to(place.dtype)  # (D, G, s), taken by the documents before it in the row
+        place = place - before[context.documents.reshape(-1).clamp_min(0).to(place.device)]
+    return place <= capacity
 
 
 @dataclass(frozen=True)

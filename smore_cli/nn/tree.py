@@ -51,6 +51,9 @@ class Tree(Adapter):
         router: picks the tree.
     """
 
+    up_projections = frozenset({"P"})  # B and W map between widths of the tree
+    stacked_biases = frozenset({"a", "b"})
+
     def __init__(
         self,
         d_in: int,

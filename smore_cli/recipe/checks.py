@@ -10,12 +10,15 @@ from pathlib import PurePath
 from typing import Any, NamedTuple, get_args
 
 from smore_cli.recipe.document import Loc
+from smore_cli.recipe.optimisation_checks import optimisation_contradictions
 from smore_cli.recipe.schema import Source, TrainConfig
+from smore_cli.recipe.stream_checks import stream_contradictions
 
 __all__ = ["Contradiction", "find_contradictions"]
 
-_FILE_ENDINGS = {".jsonl", ".json", ".csv", ".parquet"}
+_FILE_ENDINGS = {".jsonl", ".json", ".csv", ".parquet", ".arrow", ".gz"}
 _FORMATS = get_args(Source.model_fields["format"].annotation)
+_CHATS = ("chat", "sharegpt")
 _DEFAULT_BATCH_SIZE: int = TrainConfig.model_fields["per_device_batch_size"].default
 
 
@@ -32,9 +35,14 @@ def find_contradictions(values: dict[str, Any]) -> Iterator[Contradiction]:
     sources = [pair for part in ("train", "eval") for pair in _sources(data.get(part), ("data", part))]
     yield from _exclusive_settings(values, data, train)
     yield from _batch_sizes(train)
+    yield from _eight_bits(_section(values, "quantization"))
+    yield from _mixture(data, sources)
+    yield from (Contradiction(locs, message) for locs, message in optimisation_contradictions(values))
+    yield from (Contradiction(locs, message) for locs, message in stream_contradictions(values))
     yield from _what_is_learned(data, sources)
     for loc, source in sources:
         yield from _local_file(loc, source)
+        yield from _roles(loc, source)
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -52,12 +60,35 @@ def _exclusive_settings(values: dict[str, Any], data: dict[str, Any], train: dic
     if train.get("epochs") is not None and train.get("max_steps") is not None:
         locs = (("train", "epochs"), ("train", "max_steps"))
         yield Contradiction(locs, "'train.epochs' and 'train.max_steps' are both set: keep one")
+    if data.get("packing") is True and train.get("group_by_length") is True:
+        locs = (("data", "packing"), ("train", "group_by_length"))
+        yield Contradiction(locs, "'data.packing' and 'train.group_by_length' both save padding: keep one")
     if data.get("eval") and data.get("eval_fraction"):
         locs = (("data", "eval"), ("data", "eval_fraction"))
         yield Contradiction(locs, "'data.eval' and 'data.eval_fraction' are both set: keep one")
     if _section(values, "eval").get("steps") is not None and not data.get("eval") and not data.get("eval_fraction"):
         message = "'eval.steps' is set but nothing is held out: set 'data.eval' or 'data.eval_fraction'"
         yield Contradiction((("eval", "steps"),), message)
+
+
+def _mixture(data: dict[str, Any], sources: list[tuple[Loc, dict[str, Any]]]) -> Iterator[Contradiction]:
+    weighted = [loc for loc, source in sources if source.get("weight") is not None]
+    training = [loc for loc, _ in sources if loc[1] == "train"]
+    if held_out := next((loc for loc in weighted if loc[1] == "eval"), None):
+        message = f"'{_dotted(held_out)}.weight' is set, but every held-out row counts once: remove the line"
+        yield Contradiction(((*held_out, "weight"),), message)
+    missing = next((loc for loc in training if loc not in weighted), None)
+    if missing and (named := next((loc for loc in weighted if loc[1] == "train"), None)):
+        message = f"'{_dotted(named)}' has a weight and '{_dotted(missing)}' has none: give all sources one, or none"
+        yield Contradiction(((*named, "weight"),), message)
+
+
+def _eight_bits(quantization: dict[str, Any]) -> Iterator[Contradiction]:
+    if quantization.get("bits") == 8:
+        for key in ("type", "double_quant"):
+            if quantization.get(key) is not None:
+                message = f"'quantization.{key}' is for 4 bits, and bits is 8: remove the line"
+                yield Contradiction((("quantization", key),), message)
 
 
 def _batch_sizes(train: dict[str, Any]) -> Iterator[Contradiction]:
@@ -81,10 +112,17 @@ def _what_is_learned(data: dict[str, Any], sources: list[tuple[Loc, dict[str, An
             yield Contradiction((("data", "objective"), ("data", "loss_on")), message)
     elif loss_on in ("assistant", "last_turn"):
         for loc, source in sources:
-            if (form := source.get("format")) in _FORMATS and form != "chat":
+            if (form := source.get("format")) in _FORMATS and form not in _CHATS:
                 message = f"loss_on: {loss_on} needs format chat, but '{_dotted(loc)}' is '{form}': use completion"
                 yield Contradiction((("data", "loss_on"),), message)
                 return
+
+
+def _roles(loc: Loc, source: dict[str, Any]) -> Iterator[Contradiction]:
+    form = source.get("format")
+    if source.get("roles") and form in _FORMATS and form not in (*_CHATS, "prompt_completion"):
+        message = f"'roles' names who speaks in a chat, but format '{form}' has no roles: remove the line"
+        yield Contradiction(((*loc, "roles"),), message)
 
 
 def _local_file(loc: Loc, source: dict[str, Any]) -> Iterator[Contradiction]:

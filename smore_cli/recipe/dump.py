@@ -27,6 +27,13 @@ def _short_list(dumper: _Dumper, values: list[Any] | tuple[Any, ...]) -> yaml.No
     return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=not nested)
 
 
+def _text(dumper: _Dumper, value: str) -> yaml.Node:
+    # Three more characters end a line in YAML 1.1; only inside double quotes are they escaped.
+    style = '"' if any(mark in value for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_representer(list, _short_list)
 _Dumper.add_representer(tuple, _short_list)
 for _name, _pattern, _first in CORE_SCALARS:

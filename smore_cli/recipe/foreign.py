@@ -25,7 +25,6 @@ _AXOLOTL, _FACTORY, _HF, _PEFT, _TRL = "axolotl's", "LLaMA-Factory's", "transfor
 _GLOBAL = "the rows of one optimiser step over all devices; accumulation follows from it"
 _FOUR_BIT = "write the section quantization: {bits: 4}"
 _DTYPE = "write dtype: bfloat16 in model"
-_ADAMW = "the optimiser is AdamW"
 _LAUNCHER = "several devices are set up through accelerate's own configuration"
 
 FOREIGN_NAMES: dict[str, Foreign] = {
@@ -43,7 +42,7 @@ FOREIGN_NAMES: dict[str, Foreign] = {
     "flash_attn": Foreign(_FACTORY, "model.attn_implementation", "with flash_attention_2"),
     # quantization
     "load_in_4bit": Foreign(f"{_AXOLOTL} and transformers'", "", _FOUR_BIT),
-    "load_in_8bit": Foreign(f"{_AXOLOTL} and transformers'", "", f"8-bit backbones are not offered; {_FOUR_BIT}"),
+    "load_in_8bit": Foreign(f"{_AXOLOTL} and transformers'", "", "write the section quantization: {bits: 8}"),
     "quantization_bit": Foreign(_FACTORY, "quantization.bits"),
     "bnb_4bit_quant_type": Foreign("transformers'", "quantization.type"),
     "bnb_4bit_use_double_quant": Foreign("transformers'", "quantization.double_quant"),
@@ -58,6 +57,8 @@ FOREIGN_NAMES: dict[str, Foreign] = {
     "lora_dropout": Foreign(f"{_PEFT} and {_AXOLOTL}", "adapter.dropout"),
     "lora_target": Foreign(_FACTORY, "adapter.target_modules"),
     "lora_target_modules": Foreign(_AXOLOTL, "adapter.target_modules"),
+    "lora_modules_to_save": Foreign(_AXOLOTL, "adapter.modules_to_save"),
+    "additional_target": Foreign(_FACTORY, "adapter.modules_to_save"),
     "lora_target_linear": Foreign(_AXOLOTL, "adapter.target_modules", "with all-linear"),
     "num_experts_per_tok": Foreign("transformers'", "adapter.top_k"),
     "num_local_experts": Foreign("transformers'", "adapter.num_experts"),
@@ -98,9 +99,10 @@ FOREIGN_NAMES: dict[str, Foreign] = {
     "eval_batch_size": Foreign(_AXOLOTL, "eval.batch_size"),
     "gradient_accumulation_steps": Foreign(f"{_HF} and {_AXOLOTL}", "train.global_batch_size", _GLOBAL),
     "lr_scheduler_type": Foreign(_HF, "train.lr_scheduler"),
-    "warmup_steps": Foreign(_HF, "train.warmup_ratio", "a share of the steps"),
-    "optim": Foreign(_HF, "", _ADAMW),
-    "optimizer": Foreign(_AXOLOTL, "", _ADAMW),
+    "cosine_min_lr_ratio": Foreign(_AXOLOTL, "train.min_lr_ratio"),
+    "num_decay_steps": Foreign("transformers'", "train.decay_ratio", "a share of the steps"),
+    "optimizer": Foreign(_AXOLOTL, "train.optim"),
+    "loraplus_ratio": Foreign("a short", "train.loraplus_lr_ratio"),
     "beta1": Foreign("a short", "train.adam_beta1"),
     "beta2": Foreign("a short", "train.adam_beta2"),
     "eps": Foreign("torch's", "train.adam_epsilon"),
@@ -116,6 +118,12 @@ FOREIGN_NAMES: dict[str, Foreign] = {
     "deepspeed": Foreign(f"{_HF} and {_AXOLOTL}", "", _LAUNCHER),
     "fsdp": Foreign(f"{_HF} and {_AXOLOTL}", "", _LAUNCHER),
     "fsdp_config": Foreign(f"{_HF} and {_AXOLOTL}", "", _LAUNCHER),
+    # log
+    "wandb_project": Foreign(_AXOLOTL, "log.project"),
+    "wandb_name": Foreign(_AXOLOTL, "log.run_name"),
+    "mlflow_experiment_name": Foreign(_AXOLOTL, "log.project"),
+    "mlflow_run_name": Foreign(_AXOLOTL, "log.run_name"),
+    "use_tensorboard": Foreign(_AXOLOTL, "log.report_to", "[tensorboard]"),
     # whole recipe
     "out_dir": Foreign("litgpt's", "output_dir"),
     "resume_from_checkpoint": Foreign(_HF, "", "resume with `smore train RECIPE --resume`"),

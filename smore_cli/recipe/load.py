@@ -15,7 +15,7 @@ from smore_cli.recipe.overrides import apply_overrides
 from smore_cli.recipe.reading import read_document
 from smore_cli.recipe.schema import Recipe
 
-__all__ = ["load_recipe"]
+__all__ = ["load_recipe", "read_recipe"]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -28,6 +28,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem, each as `file:line:column: what` (or `--set ...: what`) and the source line.
     """
+    return read_recipe(path, overrides)[0]
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Document]:
+    """Returns what `load_recipe` does, and the document, which knows where everything stands."""
     document = read_document(path)
     apply_overrides(document, overrides)
     values = document.values
@@ -37,7 +42,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         # Of two settings that exclude each other, the override is pointed at, or else the one further down.
         document.add(max(locs, key=lambda loc: order(document.where(loc, key=True))), message, key=True)
     document.fail_if_any()
-    return Recipe.model_validate(values)
+    return Recipe.model_validate(values), document
 
 
 def _check(values: dict[str, Any], document: Document) -> None:

@@ -10,7 +10,16 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from smore_cli.methods import MethodConfig, available_methods, load_method
 
-__all__ = ["DataConfig", "EvalConfig", "ModelConfig", "QuantizationConfig", "Recipe", "Source", "TrainConfig"]
+__all__ = [
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "ModelConfig",
+    "QuantizationConfig",
+    "Recipe",
+    "Source",
+    "TrainConfig",
+]
 
 
 def _whole(value: object) -> object:
@@ -52,7 +61,8 @@ class ModelConfig(Section):
     """`model:` the frozen backbone."""
 
     name_or_path: Annotated[
-        str, Field(description="a local folder, a hub name, or a bundled model such as smollm2-135m")
+        str,
+        Field(description="a local folder, a hub name, a .gguf file, or a bundled model such as smollm2-135m"),
     ]
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model")] = None
     dtype: Annotated[
@@ -60,27 +70,41 @@ class ModelConfig(Section):
         Field(description="compute type; auto is float32 on a CPU (few are faster in bfloat16), else bfloat16"),
     ] = "auto"
     attn_implementation: Annotated[
-        Literal["sdpa", "eager", "flash_attention_2"] | None,
-        Field(description="attention kernel; default: the model's"),
+        Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] | None,
+        Field(description="attention kernel; default: the model's. flex_attention trains on GPUs only"),
+    ] = None
+    device_map: Annotated[
+        Literal["auto"] | None,
+        Field(
+            description="auto: spread the layers over all GPUs, for a model that is too large for one; one process only"
+        ),
     ] = None
 
 
 class QuantizationConfig(Section):
-    """`quantization:` a 4-bit backbone through bitsandbytes (QLoRA)."""
+    """`quantization:` a 4-bit (QLoRA) or 8-bit (LLM.int8) backbone through bitsandbytes."""
 
-    bits: Annotated[Literal[4], BeforeValidator(_whole), Field(description="bits per weight")] = 4
-    type: Annotated[Literal["nf4", "fp4"], Field(description="4-bit number format")] = "nf4"
-    double_quant: Annotated[bool, Field(description="quantise the quantisation constants too")] = True
+    bits: Annotated[Literal[4, 8], BeforeValidator(_whole), Field(description="bits per weight")] = 4
+    type: Annotated[
+        Literal["nf4", "fp4"] | None, Field(description="4-bit number format; default: nf4. 8 bits have only one")
+    ] = None
+    double_quant: Annotated[
+        bool | None, Field(description="quantise the quantisation constants of 4 bits too; default: yes")
+    ] = None
 
 
 class Source(Section):
     """One data source of `data.train` or `data.eval`."""
 
     path: Annotated[
-        str, Field(description="a file (.jsonl .json .csv .parquet), a hub dataset, or the bundled set 'quickstart'")
+        str,
+        Field(
+            description="a file (.jsonl .json .csv .parquet .arrow; text also .gz), a folder of such files or one that "
+            "save_to_disk wrote, a glob such as data/*.jsonl, a hub dataset, or the bundled set 'quickstart'"
+        ),
     ]
     format: Annotated[
-        Literal["multiple_choice", "prompt_completion", "chat", "alpaca", "text"],
+        Literal["multiple_choice", "prompt_completion", "chat", "sharegpt", "alpaca", "text"],
         Field(description="how to read a row"),
     ]
     name: Annotated[str | None, Field(description="configuration of a hub dataset, as in ARC-Easy")] = None
@@ -95,6 +119,18 @@ class Source(Section):
             "holds each row's group}"
         ),
     ] = Field(default_factory=dict)
+    roles: Annotated[
+        dict[str, Literal["user", "assistant", "system", "tool"]],
+        Field(description="for chat and sharegpt, names of roles beyond the usual ones: {the file's: ours}"),
+    ] = Field(default_factory=dict)
+    weight: Annotated[
+        float | None,
+        Field(
+            description="share of the rows of an epoch that come from this source, relative to the other weights; on "
+            "all sources of data.train or on none (then by size)",
+            gt=0,
+        ),
+    ] = None
     group: Annotated[
         str | None,
         Field(description="group of all rows of this source, for methods that tell groups apart (loramoe)"),
@@ -104,7 +140,7 @@ class Source(Section):
 class DataConfig(Section):
     """`data:` what is learned."""
 
-    train: Annotated[list[Source], Field(description="training sources, concatenated", min_length=1)]
+    train: Annotated[list[Source], Field(description="training sources, mixed by size or by weight", min_length=1)]
     eval: Annotated[list[Source], Field(description="held-out sources")] = Field(default_factory=list)
     eval_fraction: Annotated[
         float, Field(description="share of the training rows held out when data.eval is empty", ge=0, lt=1)
@@ -112,6 +148,26 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(description="longest row in tokens; longer rows are cut on the right", ge=8)] = (
         1024
     )
+    packing: Annotated[
+        bool,
+        Field(
+            description="lay several rows in one line of at most max_length tokens, without their seeing one another; "
+            "batch sizes then count lines"
+        ),
+    ] = False
+    streaming: Annotated[
+        bool,
+        Field(
+            description="read and tokenise rows as they are needed, for data that is not to be read as a whole: "
+            ".jsonl, .csv, .parquet and hub datasets; needs train.max_steps, and data.eval for held-out rows"
+        ),
+    ] = False
+    shuffle_buffer: Annotated[
+        int,
+        Field(
+            description="streaming: rows of a source that wait, of which a random one is next; 1: no shuffling", ge=1
+        ),
+    ] = 10_000
     template: Annotated[
         Literal["auto", "plain", "chat"],
         Field(
@@ -122,7 +178,7 @@ class DataConfig(Section):
         Literal["assistant", "last_turn", "completion", "all"],
         Field(
             description="which tokens are learned. completion: the answer (of a chat its last turn, of a text all); "
-            "assistant: every assistant turn, last_turn: only the last, both for format chat; all: the prompt too"
+            "assistant: every assistant turn, last_turn: only the last, both for chat and sharegpt; all: the prompt too"
         ),
     ] = "completion"
     objective: Annotated[
@@ -148,23 +204,71 @@ class TrainConfig(Section):
     epochs: Annotated[float | None, Field(description="passes over the data (default 1)", gt=0)] = None
     max_steps: Annotated[int | None, Field(description="optimiser steps; instead of epochs", ge=1)] = None
     per_device_batch_size: Annotated[
-        int, Field(description="rows (questions, for choice_ranking) a forward pass", ge=1)
+        int,
+        Field(
+            description="rows (questions, for choice_ranking; lines of several rows, with data.packing) a forward pass",
+            ge=1,
+        ),
     ] = 8
     global_batch_size: Annotated[
         int | None,
-        Field(description="rows an optimiser step, over all devices and accumulation; default: no accumulation", ge=1),
+        Field(
+            description="rows (or lines, with data.packing) an optimiser step, over all devices and accumulation; "
+            "default: no accumulation",
+            ge=1,
+        ),
     ] = None
-    lr_scheduler: Annotated[Literal["constant", "linear", "cosine"], Field(description="schedule after warm-up")] = (
-        "cosine"
-    )
+    group_by_length: Annotated[
+        bool, Field(description="rows of similar length share a forward pass, which saves padding; or data.packing")
+    ] = False
+    optim: Annotated[
+        Literal["adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor"],
+        Field(
+            description="optimiser. adamw_bnb_8bit: AdamW's state in 8 bits; paged_*: state that moves to CPU memory "
+            "when the GPU is full (on a CPU nothing is paged); adafactor: factored state, no momentum"
+        ),
+    ] = "adamw_torch_fused"
+    loraplus_lr_ratio: Annotated[
+        float | None,
+        Field(description="LoRA+: how much faster the up-projections (B) learn than the rest; default: as fast", gt=0),
+    ] = None
+    router_learning_rate: Annotated[
+        float | None, Field(description="peak learning rate of the routers; default: learning_rate", gt=0)
+    ] = None
+    lr_scheduler: Annotated[
+        Literal["constant", "linear", "cosine", "wsd"],
+        Field(description="learning rate after warm-up; wsd: stable, then a decay over the last steps (decay_ratio)"),
+    ] = "cosine"
     warmup_ratio: Annotated[float, Field(description="share of the steps that warm up", ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(description="AdamW's decoupled weight decay", ge=0)] = 0.0
+    warmup_steps: Annotated[int | None, Field(description="steps that warm up; instead of warmup_ratio", ge=0)] = None
+    decay_ratio: Annotated[float, Field(description="wsd: share of the steps that decay, at the end", gt=0, le=1)] = 0.2
+    decay_type: Annotated[
+        Literal["linear", "cosine", "1-sqrt"], Field(description="wsd: how the learning rate decays")
+    ] = "linear"
+    min_lr_ratio: Annotated[
+        float, Field(description="where linear, cosine and wsd end, as a share of the peak", ge=0, lt=1)
+    ] = 0.0
+    neftune_noise_alpha: Annotated[
+        float | None,
+        Field(description="NEFTune: size of the noise on the embeddings in training, usually 5; default: none", gt=0),
+    ] = None
+    weight_decay: Annotated[
+        float, Field(description="decoupled weight decay of the adapter's matrices (not of routers and biases)", ge=0)
+    ] = 0.0
     adam_beta1: Annotated[float, Field(description="AdamW beta 1", ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(description="AdamW beta 2", ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(description="AdamW epsilon", gt=0)] = 1e-8
     max_grad_norm: Annotated[
         float, Field(description="gradient norm above which gradients are scaled down; 0: never", ge=0)
     ] = 1.0
+    dataloader_num_workers: Annotated[
+        int,
+        Field(
+            description="processes that make the next batches while a step runs (and tokenise, with data.streaming); "
+            "0: none, each batch is made when its step begins; the run is the same",
+            ge=0,
+        ),
+    ] = 0
     gradient_checkpointing: Annotated[bool, Field(description="recompute activations in the backward pass")] = False
     aux_statistics: Annotated[
         Literal["global_batch", "micro_batch"],
@@ -200,6 +304,38 @@ class EvalConfig(Section):
 
     steps: Annotated[int | None, Field(description="steps between evaluations; default: only at the end", ge=1)] = None
     batch_size: Annotated[int, Field(description="rows a forward pass", ge=1)] = 8
+    metric_for_best_model: Annotated[
+        Literal["eval_loss", "eval_accuracy", "loss", "aux_loss", "grad_norm"],
+        Field(
+            description="number of metrics.jsonl that says which checkpoint is the best, asked at every evaluation; "
+            "eval_accuracy is there for choice_ranking, loss, aux_loss and grad_norm are of training"
+        ),
+    ] = "eval_loss"
+    greater_is_better: Annotated[
+        bool | None, Field(description="whether more of it is better; default: true for an accuracy, else false")
+    ] = None
+    early_stopping_patience: Annotated[
+        int | None,
+        Field(description="evaluations in a row without improvement after which the run ends; default: never", ge=1),
+    ] = None
+    early_stopping_threshold: Annotated[
+        float, Field(description="what an improvement must exceed to count for early_stopping_patience", ge=0)
+    ] = 0.0
+    load_best_model_at_end: Annotated[
+        bool, Field(description="the adapter that comes out is the best checkpoint's instead of the last step's")
+    ] = False
+
+
+class LogConfig(Section):
+    """`log:` where metrics go beside metrics.jsonl."""
+
+    report_to: Annotated[
+        list[Literal["tensorboard", "wandb", "mlflow"]], Field(description="trackers, through accelerate")
+    ] = Field(default_factory=list)
+    project: Annotated[str, Field(description="project (wandb), experiment (mlflow)", min_length=1)] = "smore"
+    run_name: Annotated[
+        str | None, Field(description="name of the run (wandb, mlflow); default: the run folder's", min_length=1)
+    ] = None
 
 
 class Recipe(Section):
@@ -208,7 +344,7 @@ class Recipe(Section):
     version: Annotated[Literal[1], BeforeValidator(_whole), Field(description="version of this format")]
     model: Annotated[ModelConfig, Field(description="the frozen backbone")]
     quantization: Annotated[
-        QuantizationConfig | None, Field(description="a 4-bit backbone (QLoRA); default: not quantised")
+        QuantizationConfig | None, Field(description="a backbone in 4 or 8 bits; default: not quantised")
     ] = None
     adapter: Annotated[
         SerializeAsAny[MethodConfig],
@@ -218,5 +354,6 @@ class Recipe(Section):
     data: Annotated[DataConfig, Field(description="what is learned")]
     train: Annotated[TrainConfig, Field(description="the optimisation")] = TrainConfig()
     eval: Annotated[EvalConfig, Field(description="evaluation while training")] = EvalConfig()
+    log: Annotated[LogConfig, Field(description="where metrics go beside metrics.jsonl")] = LogConfig()
     output_dir: Annotated[str, Field(description="the run folder")]
     seed: Annotated[int, Field(description="seeds initialisation, data order and dropout", ge=0)] = 0

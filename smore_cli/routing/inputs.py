@@ -101,6 +101,7 @@ def choose_inputs(
         DataError: they cannot be read.
     """
     role: Role = "given"
+    rows: Sequence[Row]
     if source is not None:
         sources = [source]
         rows = build_rows(_data_config(source, recipe), tokenizer, sources).rows

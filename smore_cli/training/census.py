@@ -140,10 +140,7 @@ def gradient_census(
         def probe(batch: Batch) -> None:
             picks.of_call.clear()
             batch = batch.to(device)
-            context = AdapterContext(
-                token_mask=batch.token_mask, groups=batch.groups, prompt_mask=batch.prompt_mask, observe=picks.observe
-            )
-            with context:
+            with AdapterContext.of(batch, observe=picks.observe) as context:
                 loss = objective(model, batch, Counts.of([batch])).loss
             backward(loss + context.aux_loss().to(loss))
 

@@ -7,16 +7,18 @@ import time
 from typing import TYPE_CHECKING
 
 from smore_cli.training.census import take_census
+from smore_cli.training.parallel import ALONE
 from smore_cli.training.setup import prepare
 from smore_cli.training.step import accumulate_gradients
 
 if TYPE_CHECKING:
     from smore_cli.recipe.schema import Recipe
+    from smore_cli.training.parallel import Processes
 
 __all__ = ["dry_run"]
 
 
-def dry_run(recipe: Recipe) -> list[str]:
+def dry_run(recipe: Recipe, processes: Processes = ALONE) -> list[str]:
     """Loads everything, runs the first step's forward and backward passes, and returns what would be run.
 
     Raises:
@@ -25,10 +27,12 @@ def dry_run(recipe: Recipe) -> list[str]:
     """
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr)
+        if processes.main:
+            print(line, file=sys.stderr)
 
-    setup = prepare(recipe, say)
-    coverage = take_census(setup, say).table() if recipe.train.gradient_census else []
+    setup = prepare(recipe, say, processes)
+    census = recipe.train.gradient_census and not setup.sharded
+    coverage = processes.on_main(lambda: take_census(setup, say).table()) if census else []
     started = time.perf_counter()
     result = accumulate_gradients(
         setup.model,
@@ -37,6 +41,8 @@ def dry_run(recipe: Recipe) -> list[str]:
         device=setup.device,
         backward=setup.accelerator.backward,
         aux_over_step=recipe.train.aux_statistics == "global_batch",
+        processes=processes,
+        reduce=not setup.sharded,
     )
     seconds = time.perf_counter() - started
     return [

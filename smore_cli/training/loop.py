@@ -1,4 +1,4 @@
-"""The training loop: steps, logging, evaluation, checkpoints, and stopping without losing anything."""
+"""The training loop: steps, logging, evaluation, and stopping without losing anything; `run` writes it down."""
 
 from __future__ import annotations
 
@@ -7,44 +7,48 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smore_cli.atomic import write_text
-from smore_cli.errors import CheckpointError, Interrupted, SmoreError
-from smore_cli.models.adapter_files import save_adapter
-from smore_cli.models.tokenizer_files import save_tokenizer
-from smore_cli.recipe import dump_recipe
+from smore_cli.errors import Interrupted, SmoreError
+from smore_cli.training.best import drop_former_best, is_best, out_of_patience
 from smore_cli.training.census import take_census
-from smore_cli.training.checkpoint import (
-    TrainerState,
-    damage,
-    load_checkpoint,
-    newest_complete,
-    prune,
-    save_checkpoint,
-)
+from smore_cli.training.checkpoint import newest_complete
+from smore_cli.training.disk import require_space
 from smore_cli.training.held_out import held_out_loss
-from smore_cli.training.model_card import model_card
-from smore_cli.training.progress import Reporter, make_reporter
-from smore_cli.training.routing_health import RoutingWatch, collapse_line, routing_summary
-from smore_cli.training.run_folder import (
-    MetricsLog,
-    environment,
-    peak_memory,
-    require_new,
-    write_run_json,
-)
+from smore_cli.training.out_of_memory import out_of_memory_explained
+from smore_cli.training.parallel import ALONE
+from smore_cli.training.progress import make_reporter
+from smore_cli.training.replicas import share_out
+from smore_cli.training.routing_health import collapse_line, routing_summary
+from smore_cli.training.run import Run
+from smore_cli.training.run_folder import require_new, require_writable
+from smore_cli.training.same_data import require_same_data
 from smore_cli.training.same_run import require_same_run
-from smore_cli.training.setup import Setup, prepare
+from smore_cli.training.setup import prepare
+from smore_cli.training.shard import clip
 from smore_cli.training.step import StepResult, accumulate_gradients
 from smore_cli.training.stopping import Stop, stop_signals
 from smore_cli.training.window import Window
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from smore_cli.data.batch import Batch
+    from smore_cli.recipe.document import Document
     from smore_cli.recipe.schema import Recipe
+    from smore_cli.training.parallel import Processes
 
 __all__ = ["train"]
 
 
-def train(recipe: Recipe, recipe_text: str, *, resume: bool = False, checkpoint: Path | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    recipe_text: str,
+    *,
+    resume: bool = False,
+    checkpoint: Path | None = None,
+    document: Document | None = None,
+    processes: Processes = ALONE,
+    predict_memory: bool = False,
+) -> dict[str, Any]:
     """Runs a recipe to its end and returns the values of run.json.
 
     Args:
@@ -52,6 +56,9 @@ def train(recipe: Recipe, recipe_text: str, *, resume: bool = False, checkpoint:
         recipe_text: the recipe file as it stands, kept in the run folder.
         resume: continue the run in `output_dir` from its newest complete checkpoint.
         checkpoint: continue from this checkpoint instead.
+        document: knows where the recipe says what, for messages about a recipe that changed.
+        processes: those that train together, which all call this; the main one prints and writes.
+        predict_memory: put what `smore plan` predicts beside what was measured, which takes seconds when all is done.
 
     Raises:
         UsageError: something cannot work; nothing was written.
@@ -59,114 +66,128 @@ def train(recipe: Recipe, recipe_text: str, *, resume: bool = False, checkpoint:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     run_dir = Path(recipe.output_dir)
-    if resume or checkpoint:
-        require_same_run(recipe, run_dir)
-    else:
-        require_new(run_dir)
-    reporter = make_reporter()
-    setup = prepare(recipe, reporter.say)
-    start = checkpoint if checkpoint is not None else newest_complete(run_dir, reporter.say) if resume else None
-    run = Run(setup, run_dir, reporter)
+    reporter = make_reporter(main=processes.main)
+    again = resume or checkpoint is not None
+    recipe = share_out(recipe, processes)
+
+    def check_folder() -> None:
+        if again:
+            require_same_run(recipe, run_dir, document, reporter.say)
+            require_writable(run_dir)
+        else:
+            require_new(run_dir)
+
+    processes.on_main(check_folder)
+    setup = prepare(recipe, reporter.say, processes)
+
+    def find_start() -> Path | None:
+        if again:
+            require_same_data(run_dir, recipe, setup.data_hash, document)
+        require_space(run_dir, setup.model, recipe.train, setup.plan.total_steps)
+        return checkpoint if checkpoint is not None else newest_complete(run_dir, reporter.say) if resume else None
+
+    start = processes.on_main(find_start)
+    run = Training(setup, run_dir, reporter)
     if start is not None:
         run.restore(start)
     elif resume:
         reporter.say("no complete checkpoint: starting from the first step")
     if start is None and recipe.train.gradient_census:
-        take_census(setup, reporter.say)
+        with out_of_memory_explained(run):
+            run.census()
     run.open(recipe_text)
     for line in setup.describe():
         reporter.say(line)
-    with stop_signals() as stop:
+    with stop_signals(processes) as stop:
         reporter.start(setup.plan.total_steps, run.state.step)
         try:
-            run.loop(stop)
+            with out_of_memory_explained(run):
+                run.loop(stop)
         finally:
             reporter.stop()
-    return run.finish()
+            run.trackers.close()
+    values = run.finish()
+    return processes.on_main(lambda: run.add_prediction(values)) if predict_memory else values
 
 
-class Run:
-    """A run in progress.
+class Training(Run):
+    """A run, step by step."""
 
-    Attributes:
-        setup: everything loaded.
-        run_dir: where it writes.
-        reporter: what the user sees.
-        state: how far it is.
-        latest: the newest training and evaluation numbers.
-        watch: how the routers spread their tokens.
-        alarm: what there is to say of routers that have collapsed, where it lasts.
-    """
-
-    def __init__(self, setup: Setup, run_dir: Path, reporter: Reporter) -> None:
-        self.setup, self.run_dir, self.reporter = setup, run_dir, reporter
-        self.state = TrainerState(data_hash=setup.data_hash)
-        self.latest: dict[str, Any] = {}
-        self.environment = environment(setup.device)
-        self.resumed_from: int | None = None
-        self.watch = RoutingWatch(setup.accelerator.unwrap_model(setup.model))
-        self.alarm: str | None = None
-
-    def restore(self, folder: Path) -> None:
-        """Continues from a checkpoint."""
-        setup = self.setup
-        if problem := damage(folder):
-            raise CheckpointError(f"{folder}: {problem}", "name another checkpoint, or --resume without one")
-        self.state = load_checkpoint(folder, setup.model, setup.optimizer, setup.scheduler, setup.data_hash)
-        self.resumed_from = self.state.step
-        self.reporter.say(f"resuming from {folder} at step {self.state.step}")
-
-    def open(self, recipe_text: str) -> None:
-        """Makes the run folder."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(self.run_dir / "recipe.yaml", recipe_text)
-        write_text(self.run_dir / "resolved.yaml", dump_recipe(self.setup.recipe))
-        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", self.resumed_from)
-        write_run_json(self.run_dir, self.values(finished=False))
+    def census(self) -> None:
+        """Takes the gradient census, in the main process, where the model is whole."""
+        if self.setup.sharded:
+            self.reporter.say("gradient census: not taken of a sharded model; --dry-run in one process takes it")
+            return
+        self.processes.on_main(lambda: take_census(self.setup, self.reporter.say).problems)
 
     def loop(self, stop: Stop) -> None:
         """Runs the steps that are left."""
         train, plan = self.setup.recipe.train, self.setup.plan
-        window = Window(since=self.state.seconds)
-        while self.state.step < plan.total_steps:
+        evaluation = self.setup.recipe.eval
+        steps = self.setup.batches.from_step(self.state.step)
+        while self.state.step < plan.total_steps and not out_of_patience(evaluation, self.state):
             started = time.perf_counter()
-            window.add(self.step())
+            self.window.add(self.step(self.next_of(steps)))
             self.state.seconds += time.perf_counter() - started
             step = self.state.step
             self.reporter.step(step)
             last = step == plan.total_steps
             if step % train.logging_steps == 0 or last:
-                self.log(window)
-                window = Window(since=self.state.seconds)
-            if (self.setup.recipe.eval.steps and step % self.setup.recipe.eval.steps == 0) or last:
+                self.log()
+            if (evaluation.steps and step % evaluation.steps == 0) or last:
                 self.evaluate()
-            if stop.signal_name:
-                folder = self.save()
+            if stop.wanted():
+                folder = self.save(last_chance=True)
                 raise Interrupted(
                     f"stopped by {stop.signal_name} after step {step}; saved {folder}", "go on with --resume"
                 )
             if self.alarm and train.on_collapse == "stop" and not last:
                 raise SmoreError(
-                    f"{self.alarm}, at step {step}; saved {self.save()}",
+                    f"{self.alarm}, at step {step}; saved {self.save(last_chance=True)}",
                     "go on with --resume --set train.on_collapse=warn, or start anew with a larger balance loss",
                 )
             if step % train.save_steps == 0 and not last:
-                self.save()
+                self.try_to_save()
+        if self.state.step < plan.total_steps:
+            self.end_early()
 
-    def step(self) -> StepResult:
+    def end_early(self) -> None:
+        """Says why the run ends, and logs the steps that no line of metrics covers yet."""
+        if self.window.steps:
+            self.log()
+        evaluation = self.setup.recipe.eval
+        self.reporter.say(
+            f"stopping after step {self.state.step}: {self.state.without_improvement} evaluations without a better "
+            f"{evaluation.metric_for_best_model} (eval.early_stopping_patience)"
+        )
+
+    def next_of(self, steps: Iterator[list[Batch]]) -> list[Batch]:
+        """Returns the next step's forward passes; where they cannot be made, what was learned so far is saved first."""
+        try:
+            return next(steps)
+        except SmoreError as error:
+            done = self.state.step
+            if done == 0 or self.processes.count > 1:  # the others would have to be told to save as well
+                raise
+            saved = f"{error.message}; saved {self.save(last_chance=True)} after step {done}"
+            raise SmoreError(saved, f"{error.hint}; then go on with --resume" if error.hint else "") from error
+
+    def step(self, batches: list[Batch]) -> StepResult:
         """Runs one optimiser step."""
         setup, train = self.setup, self.setup.recipe.train
         result = accumulate_gradients(
             setup.model,
-            setup.batches.step(self.state.step),
+            batches,
             setup.objective,
             device=setup.device,
             backward=setup.accelerator.backward,
             aux_over_step=train.aux_statistics == "global_batch",
+            processes=self.processes,
+            reduce=not setup.sharded,
         )
         limit = train.max_grad_norm or math.inf
         trainable = [p for p in setup.model.parameters() if p.requires_grad]
-        norm = setup.accelerator.clip_grad_norm_(trainable, limit)
+        norm = clip(trainable, limit)
         self.latest |= {"grad_norm": norm, "learning_rate": setup.scheduler.get_last_lr()[0]}
         setup.optimizer.step()
         setup.scheduler.step()
@@ -177,10 +198,11 @@ class Run:
         self.state.supervised_tokens += result.counts.tokens
         return result
 
-    def log(self, window: Window) -> None:
+    def log(self) -> None:
         """Adds a line of training numbers."""
-        values = window.values(self.state)
-        routers = self.watch.routers()
+        values = self.window.values(self.state)
+        self.window = Window(since=self.state.seconds)
+        routers = self.watch.routers(self.processes)
         if routers:
             values["routing"] = routing_summary(routers)
         values["learning_rate"] = self.latest["learning_rate"]
@@ -192,8 +214,7 @@ class Run:
                 "lower train.learning_rate, or go on from an earlier checkpoint with --resume",
             )
         self.latest.update(values)
-        self.metrics.add(values)
-        self.reporter.metrics(values)
+        self.record(values)
         if news := self.watch.news(routers):
             self.reporter.say(f"warning: {news}")
         self.alarm = collapse_line(routers) if self.watch.lasting else None
@@ -205,50 +226,7 @@ class Run:
             return
         values = {"step": self.state.step} | found
         self.latest.update(values)
-        self.metrics.add(values)
-        self.reporter.metrics(values)
-
-    def save(self) -> Path:
-        """Writes a checkpoint, then removes those beyond the limit."""
-        setup = self.setup
-        model = setup.accelerator.unwrap_model(setup.model)
-        folder = save_checkpoint(self.run_dir, self.state, model, setup.optimizer, setup.scheduler, setup.recipe)
-        prune(self.run_dir, setup.recipe.train.save_total_limit)
-        return folder
-
-    def finish(self) -> dict[str, Any]:
-        """Writes the adapter, the tokenizer, the model card and the final run.json."""
-        recipe = self.setup.recipe
-        save_adapter(
-            self.setup.accelerator.unwrap_model(self.setup.model), recipe.adapter, self.run_dir, base=recipe.model
-        )
-        save_tokenizer(self.setup.tokenizer, self.run_dir)
-        values = self.values(finished=True)
-        write_text(self.run_dir / "README.md", model_card(recipe, dump_recipe(recipe), values))
-        write_run_json(self.run_dir, values)
-        return values
-
-    def values(self, *, finished: bool) -> dict[str, Any]:
-        """Returns what goes into run.json."""
-        state, plan = self.state, self.setup.plan
-        result: dict[str, Any] = {
-            key: self.latest[key] for key in ("loss", "eval_loss", "eval_accuracy") if key in self.latest
-        }
-        result |= {"steps": state.step, "epochs": plan.epoch_of(state.step), "seconds": round(state.seconds, 2)}
-        result |= {"tokens": state.tokens, "supervised_tokens": state.supervised_tokens}
-        return {
-            "finished": finished,
-            "environment": self.environment,
-            "seed": self.setup.recipe.seed,
-            "parameters": self.setup.parameter_counts(),
-            "targets": len(self.setup.targets),
-            "data": {
-                "train_rows": len(self.setup.train_rows),
-                "eval_rows": len(self.setup.eval_rows),
-                "hash": self.setup.data_hash,
-            },
-            "seconds": self.setup.seconds,
-            "peak_memory_bytes": peak_memory(self.setup.device),
-            "resumed_from": self.resumed_from,
-            "result": result,
-        }
+        self.record(values)
+        former, config = self.state.best.get("step"), self.setup.recipe.eval
+        if config.steps and is_best(config, self.state, self.latest) and self.try_to_save() and self.processes.main:
+            drop_former_best(self.run_dir, former, self.setup.recipe.train.save_steps)

@@ -20,6 +20,7 @@ def model_card(recipe: Recipe, recipe_yaml: str, run: dict[str, Any]) -> str:
     """
     base = recipe.model.name_or_path
     parameters, result, data = run["parameters"], run["result"], run["data"]
+    rows = "training rows from a stream" if data["train_rows"] is None else f"{data['train_rows']:,} training rows"
     share = 100 * parameters["trainable"] / parameters["total"]
     lines = [
         "---",
@@ -32,11 +33,13 @@ def model_card(recipe: Recipe, recipe_yaml: str, run: dict[str, Any]) -> str:
         "",
         f"- method: {recipe.adapter.title} ({recipe.adapter.paper})",
         f"- trainable parameters: {parameters['trainable']:,} ({share:.2f} % of {parameters['total']:,})",
-        f"- data: {data['train_rows']:,} training rows, {data['eval_rows']:,} held out; "
+        f"- data: {rows}, {data['eval_rows']:,} held out; "
         f"{result['supervised_tokens']:,} supervised of {result['tokens']:,} tokens seen",
         f"- steps: {result['steps']:,} ({result['epochs']:.2f} epochs), seed {recipe.seed}",
         f"- last training loss: {result['loss']:.4f}",
     ]
+    if "adapter_step" in result:
+        lines.append(f"- adapter: that of step {result['adapter_step']:,}, the best by {result['best']['metric']}")
     if "eval_loss" in result:
         lines.append(f"- held-out loss: {result['eval_loss']:.4f}")
     if "eval_accuracy" in result:

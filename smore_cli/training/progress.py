@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["BarReporter", "LineReporter", "Reporter", "load_bar", "make_reporter"]
+__all__ = ["BarReporter", "LineReporter", "Reporter", "SilentReporter", "load_bar", "make_reporter"]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -32,8 +32,10 @@ class Reporter(Protocol):
         """No step will follow."""
 
 
-def make_reporter() -> Reporter:
-    """Returns the live bar where stderr is a terminal, else plain lines."""
+def make_reporter(*, main: bool = True) -> Reporter:
+    """Returns the live bar where stderr is a terminal, else plain lines; silence beside a main process that speaks."""
+    if not main:
+        return SilentReporter()
     return BarReporter() if sys.stderr.isatty() else LineReporter()
 
 
@@ -84,6 +86,13 @@ class LineReporter:
 
     def stop(self) -> None:
         """Nothing is left open."""
+
+
+class SilentReporter(LineReporter):
+    """Nothing at all."""
+
+    def say(self, line: str) -> None:
+        """Keeps it to itself."""
 
 
 class BarReporter:

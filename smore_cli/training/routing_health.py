@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smore_cli.nn import adapted_modules
+from smore_cli.training.parallel import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from smore_cli.nn.context import ExpertLoad
+    from smore_cli.training.parallel import Processes
 
 __all__ = ["RouterHealth", "RoutingWatch", "collapse_line", "routing_summary"]
 
@@ -109,10 +111,13 @@ class RoutingWatch:
                 each = replace(each, load=so_far.load + each.load, decisions=so_far.decisions + each.decisions)
             self._loads[key] = each
 
-    def routers(self) -> list[RouterHealth]:
-        """Returns every router that made decisions since the last call, and starts anew."""
+    def routers(self, processes: Processes = ALONE) -> list[RouterHealth]:
+        """Returns every router that made decisions since the last call, in any process, and starts anew."""
         found = []
-        for (owner, level), each in self._loads.items():
+        summed = processes.sum_tensors([part for each in self._loads.values() for part in (each.load, each.decisions)])
+        pairs = zip(summed[::2], summed[1::2], strict=True)
+        for ((owner, level), each), (counted, decisions) in zip(self._loads.items(), pairs, strict=True):
+            each = replace(each, load=counted, decisions=decisions)
             groups = each.load if each.load.dim() == 2 else each.load[None]
             for number, load in enumerate(groups):
                 path = self._paths[owner] + (f" group {number}" if len(groups) > 1 else "")

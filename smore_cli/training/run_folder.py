@@ -15,19 +15,28 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from smore_cli import __version__
-from smore_cli.atomic import write_text
+from smore_cli.atomic import nearest_folder, remove_stale, write_text
 from smore_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["MetricsLog", "environment", "is_finished", "peak_memory", "require_new", "write_run_json"]
+__all__ = [
+    "MetricsLog",
+    "environment",
+    "peak_memory",
+    "read_run_json",
+    "require_new",
+    "require_writable",
+    "write_run_json",
+]
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "tokenizers", "safetensors")
 
@@ -42,20 +51,37 @@ def require_new(run_dir: Path) -> None:
         raise UsageError(f"output_dir {run_dir} is a file", "choose another with --output-dir")
     if (run_dir / "run.json").exists():
         raise UsageError(f"{run_dir} already holds a run", "continue it with --resume, or choose another --output-dir")
+    if run_dir.exists():
+        remove_stale(run_dir)  # of a start that was killed before it had written anything
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UsageError(f"output_dir {run_dir} is not empty", "choose another with --output-dir")
-    parent = run_dir.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    require_writable(run_dir)
+
+
+def require_writable(run_dir: Path) -> None:
+    """Refuses a folder in which no file can be made, by making one and removing it again.
+
+    Permissions alone do not say it: they mean little to root, on a read-only disk or on a network's.
+
+    Raises:
+        UsageError: with what the system says.
+    """
+    parent = nearest_folder(run_dir)
     if not parent.is_dir():
         raise UsageError(f"output_dir {run_dir} cannot be made: {parent} is a file", "choose another with --output-dir")
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"output_dir {run_dir} cannot be written: no permission in {parent}", "choose another")
+    try:
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(b"smore")
+    except OSError as error:
+        raise UsageError(
+            f"output_dir {run_dir} cannot be written: {error.strerror} in {parent}", "choose another with --output-dir"
+        ) from error
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether a run reached its last step."""
-    return bool(json.loads((run_dir / "run.json").read_text()).get("finished"))
+def read_run_json(run_dir: Path) -> dict[str, Any]:
+    """Returns what a run wrote into its run.json."""
+    values: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return values
 
 
 def write_run_json(run_dir: Path, values: dict[str, Any]) -> None:
@@ -64,11 +90,17 @@ def write_run_json(run_dir: Path, values: dict[str, Any]) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, on the disk as soon as it is written."""
+    """metrics.jsonl: one JSON object a line, on the disk as soon as it is written.
+
+    Attributes:
+        path: the file.
+        pending: lines that could not be written yet, because the disk is full; they are written with the next.
+    """
 
     def __init__(self, path: Path, resume_from: int | None = None) -> None:
         """Opens the file; when resuming, drops the lines of steps that will be run again."""
         self.path = path
+        self.pending: list[str] = []
         lines = path.read_text().splitlines() if path.exists() else []
         kept = []
         for line in lines:
@@ -80,10 +112,21 @@ class MetricsLog:
                 kept.append(line + "\n")
         write_text(path, "".join(kept))
 
-    def add(self, values: dict[str, Any]) -> None:
-        """Appends a line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+    def add(self, values: dict[str, Any]) -> str | None:
+        """Appends a line; returns what the system says where it could not, in which case the line is kept for later."""
+        self.pending.append(json.dumps(values) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                data = "".join(self.pending).encode()
+                while data:  # a disk that is nearly full takes a part of it before it says no
+                    data = data[file.write(data) :]
+        except OSError as error:
+            if self.path.exists() and self.path.stat().st_size > size:
+                os.truncate(self.path, size)
+            return error.strerror
+        self.pending = []
+        return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:

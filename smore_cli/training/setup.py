@@ -8,33 +8,46 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 
 from smore_cli.data.batch import prompt_of
-from smore_cli.data.build import build_rows, split_eval
-from smore_cli.data.groups import require_groups
-from smore_cli.errors import DataError, ModelError, UsageError
+from smore_cli.data.rows import row_lengths
+from smore_cli.errors import ModelError
 from smore_cli.models.embedders import use_tokenizer
 from smore_cli.models.load import load_backbone, load_tokenizer, resolve_dtype
+from smore_cli.models.notices import backbone_notices
 from smore_cli.models.prior import fit_prior
 from smore_cli.nn import attach, checkpoint_contexts
 from smore_cli.nn.prior_hooks import active_prior
 from smore_cli.training.batches import Batches
+from smore_cli.training.learning_rate import build_scheduler
+from smore_cli.training.neftune import add_neftune
 from smore_cli.training.objective import Objective
-from smore_cli.training.schedule import StepPlan, build_optimizer, build_scheduler
+from smore_cli.training.optim import build_optimizer, require_optimizer
+from smore_cli.training.packing_probe import require_packing
+from smore_cli.training.parallel import ALONE
+from smore_cli.training.process_memory import resident_with_libraries
+from smore_cli.training.replicas import make_equal, share_out
+from smore_cli.training.run_data import load_run_data
+from smore_cli.training.schedule import lies_flat
+from smore_cli.training.shard import require_shardable, shard, sharding_wanted
+from smore_cli.training.stream_plan import StreamPlan
+from smore_cli.training.trackers import require_trackers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from smore_cli.data.batch import Row
     from smore_cli.recipe.schema import Recipe
+    from smore_cli.training.parallel import Processes
+    from smore_cli.training.schedule import Plan
 
-__all__ = ["Setup", "prepare"]
+__all__ = ["Setup", "enable_checkpointing", "prepare"]
 
 
 @dataclass
@@ -46,7 +59,7 @@ class Setup:
         accelerator: device and backward pass.
         model: backbone with the adapter attached, in training mode.
         tokenizer: the backbone's.
-        train_rows: tokenised training rows.
+        train_rows: tokenised training rows; of a stream its first ones.
         eval_rows: tokenised held-out rows, maybe none.
         data_hash: hash of the training rows.
         plan: which rows each step sees.
@@ -56,22 +69,28 @@ class Setup:
         scheduler: of the learning rate.
         targets: paths of the adapted modules.
         seconds: time spent, by phase.
+        processes: those that train together.
+        sharded: each of them holds only a part of the model.
+        baseline: bytes of the process before the model was loaded.
     """
 
     recipe: Recipe
     accelerator: Accelerator
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    train_rows: list[Row]
-    eval_rows: list[Row]
+    train_rows: Sequence[Row]
+    eval_rows: Sequence[Row]
     data_hash: str
-    plan: StepPlan
+    plan: Plan
     batches: Batches
     objective: Objective
     optimizer: Optimizer
     scheduler: LambdaLR
     targets: list[str]
     seconds: dict[str, float]
+    processes: Processes = ALONE
+    sharded: bool = False
+    baseline: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -84,22 +103,39 @@ class Setup:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {"trainable": trainable, "total": int(self.model.num_parameters())}  # type: ignore[operator]
 
+    @property
+    def num_train_rows(self) -> int | None:
+        """Training rows; None for a stream, whose end nobody knows."""
+        return None if self.recipe.data.streaming else len(self.train_rows)
+
+    def hash_after(self, steps: int) -> str:
+        """Returns a hash that two runs share where their training rows are the same, of a stream up to that step."""
+        return self.plan.after(steps).hash if isinstance(self.plan, StreamPlan) else self.data_hash
+
     def describe(self) -> list[str]:
         """Returns what is about to be run, in a few lines."""
-        counts, plan = self.parameter_counts(), self.plan
-        epochs = plan.epoch_of(plan.total_steps)
-        tokens = sum(row.length for row in self.train_rows)
+        counts = self.parameter_counts()
+        held_out = f"{len(self.eval_rows):,} held out"
+        if self.num_train_rows is None:
+            rows = f"training rows from a stream, {held_out}"
+        else:
+            rows = f"{self.num_train_rows:,} training rows ({row_lengths(self.train_rows).sum():,} tokens), {held_out}"
         return [
             f"method    {self.recipe.adapter.title}, on {len(self.targets)} linear maps",
             f"trainable {counts['trainable']:,} of {counts['total']:,} parameters "
             f"({100 * counts['trainable'] / counts['total']:.2f} %)",
-            f"data      {len(self.train_rows):,} training rows ({tokens:,} tokens), {len(self.eval_rows):,} held out",
-            f"steps     {plan.total_steps} of {plan.global_batch_size} rows, {epochs:.2f} epochs",
+            f"data      {rows}",
+            *self.plan.lines(),
         ]
 
 
-def prepare(recipe: Recipe, say: Callable[[str], None]) -> Setup:
+def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = ALONE) -> Setup:
     """Loads data and backbone, attaches the adapter, builds the optimiser.
+
+    Args:
+        recipe: what to run.
+        say: told what the user should know.
+        processes: those that train together, which all call this.
 
     Raises:
         UsageError: anything about recipe, data or model that cannot work.
@@ -112,55 +148,72 @@ def prepare(recipe: Recipe, say: Callable[[str], None]) -> Setup:
         seconds[phase] = round(time.perf_counter() - started, 2)
         started = time.perf_counter()
 
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UsageError("this version trains in one process", "start it with plain `smore train`")
-    set_seed(recipe.seed)
+    require_trackers(recipe.log)
+    recipe = share_out(recipe, processes)
+    if sharded := sharding_wanted():
+        require_shardable(recipe, processes)
+    accelerator = _accelerator(processes)
+    require_optimizer(recipe.train, accelerator.device, say)
+    set_seed(recipe.seed, device_specific=True)  # of dropout and noise: each process draws its own
     tokenizer = load_tokenizer(recipe.model)
-    train_rows, eval_rows, data_hash = _rows(recipe, tokenizer, say)
+    data = processes.main_first(lambda: load_run_data(recipe, tokenizer, say))
     lap("data")
-    backbone = load_backbone(recipe.model, recipe.quantization, accelerator.device)
-    model = backbone.model
-    plan = StepPlan.from_config(recipe.train, len(train_rows), recipe.seed)
+    baseline = resident_with_libraries()
+    model = _backbone(recipe, accelerator.device, sharded=sharded)
+    if recipe.data.packing:
+        ranking = recipe.data.objective == "choice_ranking"
+        require_packing(model, accelerator.device, branched=ranking, flat=lies_flat(recipe))
+    plan = data.plan(recipe)
     targets = attach(model, recipe.adapter, seed=recipe.seed)
+    for line in backbone_notices(model):
+        say(line)
     if (prior := active_prior(model)) is not None:
         use_tokenizer(model, tokenizer)
-        fit_prior(model, prior, [prompt_of(row) for row in train_rows], plan.rows_used(), say)
+        prompts = [prompt_of(row) for row in data.train_rows]
+        processes.main_first(lambda: fit_prior(model, prior, prompts, data.used_by(plan), say))
+    make_equal(model, recipe, data.hash, processes)
     model.train()
+    if recipe.train.neftune_noise_alpha is not None:
+        add_neftune(model, recipe.train.neftune_noise_alpha)
     if recipe.train.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
+    if sharded:
+        shard(model, accelerator.device)
     lap("model")
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(trainable, recipe.train)
+    optimizer = build_optimizer(model, recipe.train)
     scheduler = build_scheduler(optimizer, recipe.train, plan.total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    batches = Batches(train_rows, plan, int(tokenizer.pad_token_id), resolve_dtype(recipe.model, accelerator.device))
+    batches = Batches(
+        data.train_rows if data.stream is None else data.stream, plan, int(tokenizer.pad_token_id),
+        resolve_dtype(recipe.model, accelerator.device), processes.rank, processes.count,
+        packed=recipe.data.packing, flat=lies_flat(recipe),
+        num_workers=recipe.train.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
+    )  # fmt: skip
     objective = Objective.from_config(recipe.data)
     return Setup(
-        recipe, accelerator, model, tokenizer, train_rows, eval_rows, data_hash, plan, batches, objective, optimizer,
-        scheduler, targets, seconds,
+        recipe, accelerator, model, tokenizer, data.train_rows, data.eval_rows, data.hash, plan, batches, objective,
+        optimizer, scheduler, targets, seconds, processes, sharded, baseline,
     )  # fmt: skip
 
 
-def _rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
-) -> tuple[list[Row], list[Row], str]:
-    data = recipe.data
-    train = build_rows(data, tokenizer, data.train)
-    for line in train.report.lines():
-        say(line)
-    if recipe.adapter.row_groups is not None:
-        require_groups(train.rows, train.groups, recipe.adapter.row_groups)
-    if data.eval:
-        held_out = build_rows(data, tokenizer, data.eval).rows
-        return train.rows, held_out, train.report.content_hash
-    train_rows, eval_rows = split_eval(train.rows, data.eval_fraction, recipe.seed)
-    if not train_rows:
-        raise DataError("no training row is left after holding out data.eval_fraction", "lower it, or add data")
-    return train_rows, eval_rows, train.report.content_hash
+def _accelerator(processes: Processes) -> Accelerator:
+    """Returns accelerate's device and trackers; what the environment may say of precision is the recipe's matter.
+
+    The model and the optimiser are not given to it: it would wrap both, and divide the loss or its gradient.
+    """
+    plain = GradientAccumulationPlugin(num_steps=1)
+    cpu = processes.count > 1 and not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=plain)
 
 
-def _enable_checkpointing(model: Any) -> None:
+def _backbone(recipe: Recipe, device: torch.device, *, sharded: bool) -> PreTrainedModel:
+    """Loads the backbone to where it trains; one that is to be sharded may not fit there, and stays on the CPU."""
+    if not sharded:
+        return load_backbone(recipe.model, recipe.quantization, device).model
+    dtype = str(resolve_dtype(recipe.model, device)).removeprefix("torch.")
+    return load_backbone(recipe.model.model_copy(update={"dtype": dtype}), None, torch.device("cpu")).model
+
+
+def enable_checkpointing(model: Any) -> None:
     """Non-reentrant checkpointing whose recomputation sees the routing context and records nothing twice."""
     if not model.supports_gradient_checkpointing:
         name = type(model).__name__

@@ -52,7 +52,8 @@ def test_it_trains_and_says_what_came_of_it(write: Write, tmp_path: Path, capsys
     assert "step 2/2  loss" in printed.err
     assert f"saved     {tmp_path / 'run'}" in printed.out
     assert "training loss" in printed.out
-    assert "data" in printed.out.splitlines()[-1]
+    assert "data" in printed.out.splitlines()[-2]
+    assert "predicted" in printed.out.splitlines()[-1]
 
 
 def test_set_and_output_dir_win_over_the_recipe(write: Write, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_moving_a_batch_keeps_every_tensor() -> None:
     batch = collate([replace(THREE, group=1), replace(TWO, group=0)], pad_token_id=PAD)
     assert batch.groups is not None and batch.groups.tolist() == [1, 0]
     moved = batch.to(torch.device("meta"))
-    assert all(getattr(moved, name).is_meta for name in batch.__dataclass_fields__)
+    assert all(getattr(moved, name).is_meta for name, value in vars(batch).items() if value is not None)
     assert moved.attention_mask.shape == batch.attention_mask.shape
 
 

@@ -94,7 +94,7 @@ def test_rows_are_the_same_however_they_are_chunked(
 ) -> None:
     data = data_config(write([{"prompt": f"{n}:", "completion": f" {n * n}"} for n in range(25)]), "prompt_completion")
     whole = build(data, byte_tokenizer)
-    monkeypatch.setattr("smore_cli.data.build.CHUNK", 7)
+    monkeypatch.setattr("smore_cli.data.pipeline.CHUNK", 7)
     assert build(data, byte_tokenizer) == whole
 
 

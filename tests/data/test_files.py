@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,6 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     assert refused(tmp_path / "nowhere" / "a.jsonl").hint == f"there is no folder {tmp_path / 'nowhere'} either"
 
 
-def test_a_folder_is_answered_with_the_files_in_it(tmp_path: Path) -> None:
-    (tmp_path / "b.csv").write_text("")
-    error = refused(tmp_path)
-    assert error.message.endswith("is a folder") and "b.csv" in error.hint
-
-
 def test_an_unknown_suffix_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     path = tmp_path / "rows.xlsx"
     path.write_text("x")
@@ -145,3 +140,33 @@ def test_reading_parquet_writes_nothing_to_a_log(tmp_path: Path, capfd: pytest.C
     refused(tmp_path / "bad.parquet")
     assert capfd.readouterr() == ("", "")
     assert datasets.is_progress_bar_enabled() == shown
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "rows.csv.gz"])
+def test_compressed_text_is_read_as_what_it_is(tmp_path: Path, name: str) -> None:
+    text = {
+        ".jsonl": "\n".join(json.dumps(row) for row in ROWS),
+        ".json": json.dumps(ROWS),
+        ".csv": "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in ROWS),
+    }[Path(name).suffixes[0]]
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    assert read(tmp_path / name) == ROWS
+
+
+def test_both_kinds_of_arrow_files_are_read(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    stream = next((tmp_path / "saved").glob("*.arrow"))
+    assert read(stream) == ROWS
+    import pyarrow
+
+    with pyarrow.ipc.new_file(str(tmp_path / "file.arrow"), rows.data.table.schema) as writer:
+        writer.write_table(rows.data.table)
+    assert read(tmp_path / "file.arrow") == ROWS
+
+
+def test_windows_line_breaks_are_those_of_the_file_and_not_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\r\n"a\r\nb",c\r\n')
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\r\n\r\n{"a": 2}\r\n')
+    assert read(tmp_path / "a.csv") == [{"prompt": "a\nb", "completion": "c"}]
+    assert read(tmp_path / "a.jsonl") == [{"a": 1}, {"a": 2}]

@@ -103,7 +103,7 @@ def test_a_misfit_is_told_which_format_would_fit(fits: str, row: dict[str, Any])
         ("prompt_completion", {"prompt": "P", "completion": "\n"}, "'completion' is empty"),
         ("alpaca", {"instruction": "I", "input": 3, "output": "O"}, "'input' must be text"),
         ("chat", {"messages": []}, "list of one or more"),
-        ("chat", {"messages": "Hi"}, "list of one or more"),
+        ("chat", {"messages": "Hi"}, "must be a list of messages, it is text"),
         ("chat", {"messages": [USER, "Hi"]}, "message 2 is not an object"),
         (
             "chat",
@@ -117,3 +117,76 @@ def test_a_misfit_is_told_which_format_would_fit(fits: str, row: dict[str, Any])
 def test_an_odd_value_is_refused_in_one_line(format_name: str, row: dict[str, Any], problem: str) -> None:
     error = refused(format_name, row)
     assert problem in error.message and "\n" not in error.message
+
+
+def test_the_usual_names_of_roles_mean_ours() -> None:
+    names = {"Human": "user", "prompter": "user", "gpt": "assistant", "bard": "assistant", "observation": "tool"}
+    turns = [{"from": name, "value": "x"} for name in names]
+    [conversation] = parse("sharegpt", {"conversations": turns})
+    assert [message["role"] for message in conversation.messages] == list(names.values())
+    [same] = parse("sharegpt", {"conversations": [{"role": name, "content": "x"} for name in names]})
+    [chat] = parse("chat", {"messages": [{"role": name, "content": "x"} for name in names]})
+    assert conversation == same == chat
+
+
+@pytest.mark.parametrize("format_name", ["chat", "sharegpt"])
+def test_roles_of_the_recipe_go_before_the_usual_ones(format_name: str) -> None:
+    messages = [{"role": "Kunde", "content": "a"}, {"role": "user", "content": "b"}]
+    column = {"chat": "messages", "sharegpt": "conversations"}[format_name]
+    rows = SourceRows("x.jsonl", [{column: messages}], {}, {"Kunde": "user", "user": "assistant"})
+    [conversation] = read_examples(rows, format_name)
+    assert isinstance(conversation, Conversation)
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+
+
+def test_an_unknown_role_is_named_with_how_to_map_it() -> None:
+    good = {"conversations": [{"from": "human", "value": "Hi"}]}
+    error = refused("sharegpt", good, {"conversations": [{"from": "Mensch", "value": "Hi"}]})
+    assert error.message.startswith("data.jsonl, row 2: message 1 has the role 'Mensch', which is not known")
+    assert "roles: {Mensch: user}" in error.hint
+
+
+def test_a_system_column_opens_the_conversation() -> None:
+    row = {"system": "Be kind.", "conversations": [{"from": "human", "value": "Hi"}]}
+    [conversation] = parse("sharegpt", row)
+    assert conversation.messages[0] == {"role": "system", "content": "Be kind."}
+    row["conversations"] = [{"from": "system", "value": "Be brief."}, *row["conversations"]]  # type: ignore[misc]
+    [conversation] = parse("sharegpt", row)
+    assert [message["content"] for message in conversation.messages] == ["Be brief.", "Hi"]
+
+
+def test_text_parts_are_joined_and_others_refused() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]
+    [conversation] = parse("chat", {"messages": [{"role": "user", "content": parts}]})
+    assert conversation.messages[0]["content"] == "a\nb"
+    error = refused("chat", {"messages": [{"role": "user", "content": [*parts, {"type": "image", "url": "x"}]}]})
+    assert "message 1 has a part of type 'image'" in error.message
+
+
+def test_messages_on_both_sides_of_a_completion_are_a_conversation() -> None:
+    assert parse("prompt_completion", {"prompt": [USER], "completion": [ASSISTANT]}) == [
+        Conversation((USER, ASSISTANT))
+    ]
+    error = refused("prompt_completion", {"prompt": [USER], "completion": [ASSISTANT, USER]})
+    assert "must be one message" in error.message and "format: chat" in error.hint
+
+
+def test_what_is_not_read_is_counted() -> None:
+    call = ASSISTANT | {"tool_calls": [{"function": {"name": "f"}}]}
+    rows = [{"messages": [USER, call], "tools": [{"name": "f"}]}, {"messages": [USER, ASSISTANT | {"weight": 0}]}]
+    source = SourceRows("data.jsonl", rows, {})
+    assert [len(example.messages) for example in read_examples(source, "chat")] == [2, 2]  # type: ignore[union-attr]
+    assert source.notices == {
+        "rows with 'tools', which is not read": 1,
+        "messages with 'tool_calls', which is not learned": 1,
+        "messages with 'weight: 0', which is not read: data.loss_on says what is learned": 1,
+    }
+    alone = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    assert "has only 'tool_calls'" in refused("chat", {"messages": [USER, alone]}).message
+
+
+def test_a_chat_in_the_other_formats_column_is_told_how_to_name_it() -> None:
+    turns = [{"from": "human", "value": "Hi"}]
+    wanted = "the row fits format: sharegpt with columns: {conversations: messages}"
+    assert refused("chat", {"messages": turns}).hint == wanted
+    assert refused("chat", {"conversations": turns}).hint == "the row fits format: sharegpt"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from smore_cli.data.batch import Row
 from smore_cli.data.build import RowSet, build_rows
-from smore_cli.data.groups import number_groups, require_groups
+from smore_cli.data.groups import number_labels, require_groups
 from smore_cli.errors import DataError
 from smore_cli.recipe.schema import DataConfig, Source
 
@@ -82,13 +83,11 @@ def test_a_missing_column_and_two_ways_at_once_are_refused(
 
 
 def test_numbers_sort_as_numbers_and_before_texts() -> None:
-    rows, names = number_groups([ROW] * 5, [10, "b", 2, None, "a"])
-    assert names == (2, 10, "a", "b")
-    assert [row.group for row in rows] == [1, 3, 0, None, 2]
+    assert number_labels([10, "b", 2, None, "a"]) == ([1, 3, 0, None, 2], (2, 10, "a", "b"))
 
 
 def test_a_method_with_groups_wants_one_on_every_row_and_as_many_as_it_has() -> None:
-    rows, names = number_groups([ROW] * 3, ["a", "b", "a"])
+    rows, names = [replace(ROW, group=number) for number in (0, 1, 0)], ("a", "b")
     require_groups(rows, names, 2)
     with pytest.raises(DataError, match="1 of 4 rows name none") as caught:
         require_groups([*rows, ROW], names, 2)

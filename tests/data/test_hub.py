@@ -26,6 +26,7 @@ INFO = {"id": "me/set", "sha": COMMIT, "siblings": [{"rfilename": name} for name
 
 SOURCES: dict[str, dict[str, str]] = {
     "slice": {"path": "me/set", "name": "easy", "split": "train[:3]"},
+    "stream": {"path": "me/set", "name": "easy"},
     "test": {"path": "me/set", "split": "test"},
     "commit": {"path": "me/set", "split": "test", "revision": COMMIT},
     "no revision": {"path": "me/set", "revision": "v9"},
@@ -36,6 +37,7 @@ SOURCES: dict[str, dict[str, str]] = {
 }
 READ = """
 import json, sys, time
+from smore_cli.data.entries import entry_reader
 from smore_cli.data.sources import read_source
 from smore_cli.errors import DataError
 from smore_cli.recipe.schema import Source
@@ -44,7 +46,8 @@ answers = {}
 for key, fields in json.loads(sys.argv[1]).items():
     start = time.perf_counter()
     try:
-        rows = list(read_source(Source(format="text", **fields)))
+        source = Source(format="text", **fields)
+        rows = [entry.row() for entry in entry_reader(source)()] if key == "stream" else list(read_source(source))
         answers[key] = {"rows": [row["text"] for row in rows]}
     except DataError as error:
         answers[key] = {"message": error.message, "hint": error.hint}
@@ -128,6 +131,7 @@ def cut_off(request: pytest.FixtureRequest, online: dict[str, Any], cache: Path)
 
 def test_name_split_slice_and_revision_choose_the_rows(online: dict[str, Any]) -> None:
     assert online["slice"]["rows"] == ["row 0", "row 1", "row 2"]
+    assert online["stream"]["rows"] == [f"row {number}" for number in range(10)]
     assert online["test"]["rows"] == online["commit"]["rows"] == ["held out"]
 
 
@@ -148,6 +152,7 @@ def test_what_the_hub_has_not_is_one_line(online: dict[str, Any], key: str, prob
 def test_what_was_downloaded_once_is_read_without_the_hub(cut_off: dict[str, Any]) -> None:
     assert cut_off["slice"]["rows"] == ["row 0", "row 1", "row 2"]
     assert cut_off["commit"]["rows"] == ["held out"]
+    assert cut_off["stream"]["rows"] == [f"row {number}" for number in range(10)]
 
 
 def test_cached_rows_are_not_taken_for_a_revision_they_may_not_be(cut_off: dict[str, Any]) -> None:

@@ -38,22 +38,23 @@ def test_the_hash_tells_order_and_number() -> None:
     assert content_hash([ROW]) != content_hash([ROW, ROW])
 
 
-def test_tokens_of_every_branch_are_counted() -> None:
-    report = SourceReport.of("x", [ROW, replace(ROW, prompt=[])], truncated=1, dropped=[4])
-    assert (report.rows, report.tokens, report.supervised, report.longest) == (2, 8, 4, 5)
+def test_a_source_is_reported_in_one_line() -> None:
+    report = SourceReport("x", rows=2, truncated=1, dropped=(4,), tokens=8, supervised=4, longest=5)
     line = "x: 2 rows, 8 tokens, 4 supervised, longest row 5, 1 truncated, 1 dropped (row 4: nothing to learn)"
     assert report.line() == line
 
 
 def test_the_total_adds_the_sources() -> None:
-    part = SourceReport.of("x", [ROW], truncated=1, dropped=[4])
+    part = SourceReport("x", rows=1, truncated=1, dropped=(4,), tokens=5, supervised=2, longest=5)
     total = DataReport((part, part), "hash").total
     assert (total.rows, total.tokens, total.supervised, total.longest, total.truncated) == (2, 10, 4, 5, 2)
     assert len(total.dropped) == 2
 
 
 def test_a_report_can_be_written_as_json() -> None:
-    report = DataReport((SourceReport.of("x", [ROW], truncated=0, dropped=[4]),), "hash")
+    report = DataReport(
+        (SourceReport("x", rows=1, truncated=0, dropped=(4,), tokens=5, supervised=2, longest=5),), "hash"
+    )
     assert json.loads(json.dumps(report.as_dict()))["sources"][0]["dropped"] == [4]
 
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_a_hub_name_is_looked_for_as_a_file(path: str, tmp_path: 
 def test_an_existing_folder_is_not_taken_for_a_hub_name(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert refused(source("mine")).message == "mine is a folder"
+    assert refused(source("mine")).message == "mine is a folder without a data file"
 
 
 def test_a_home_folder_is_expanded(write: Write, tmp_path: Path, monkeypatch: Any) -> None:

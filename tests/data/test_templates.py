@@ -133,9 +133,9 @@ def test_eos_ends_the_last_turn_of_a_template_that_has_no_end_of_turn(renderer: 
     assert rendered == Rendered("", (Branch(text, ((len(text) - 2, len(text)),), eos=True),))
 
 
-def test_a_conversation_that_the_user_ends_gets_no_eos(renderer: Any) -> None:
+def test_a_conversation_that_the_user_ends_stops_with_the_last_answer(renderer: Any) -> None:
     [branch] = renderer("roles").render(CHAT, "chat").branches
-    assert branch.text == "User: Hi\nAssistant: Yo\nUser: Bye\n" and not branch.eos
+    assert branch.text == "User: Hi\nAssistant: Yo" and branch.eos
     assert [branch.text[start:end] for start, end in branch.spans] == ["Yo"]
 
 

@@ -156,7 +156,8 @@ def test_a_row_without_a_prompt_has_what_comes_before_its_first_learned_token() 
 def test_the_rows_a_run_sees_are_known_before_it_starts(tiny_llama: Path, tmp_path: Path) -> None:
     for steps, all_rows in ((2, False), (30, True)):
         setup = prepare(read(write_recipe(tmp_path, tiny_llama, max_steps=steps)), lambda _: None)
-        seen = {row for number in range(steps) for rows in setup.plan.passes(number) for row in rows}
+        packs = [pack for number in range(steps) for packs in setup.plan.passes(number) for pack in packs]
+        seen = {row for pack in packs for row in pack}
         assert setup.plan.rows_used() == sorted(seen)
         assert (len(seen) == len(setup.train_rows)) is all_rows
 

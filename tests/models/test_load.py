@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from smore_cli.errors import ModelError
 from smore_cli.models.load import load_backbone, load_tokenizer, resolve_dtype
@@ -199,3 +201,60 @@ def test_a_folder_that_cannot_be_loaded_is_one_clear_line(copy: Path, how: str) 
 def test_flash_attention_without_its_package_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(ModelError, match="needs the package flash-attn"):
         load_backbone(_config(tiny_llama, attn_implementation="flash_attention_2"), device=CPU)
+
+
+def test_flex_attention_is_refused_on_a_cpu_which_has_no_backward_pass_for_it(tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match="flex_attention has no backward pass on a CPU"):
+        load_backbone(_config(tiny_llama, attn_implementation="flex_attention"), device=CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eight_bit_backbone_trains_alike_before_and_after_an_evaluation_and_says_nothing(
+    tiny_llama: Path, dtype: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = load_backbone(_config(tiny_llama, dtype=dtype), QuantizationConfig(bits=8), CPU).model
+    linear = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert type(linear).__name__ == "Linear8bitLt" and linear.weight.dtype == torch.int8
+    assert model.get_output_embeddings().weight.dtype == getattr(torch, dtype)
+    results = []
+    for _ in range(2):
+        hidden = model.get_input_embeddings()(IDS).requires_grad_()
+        logits = model.train()(inputs_embeds=hidden).logits
+        logits.float().square().sum().backward()
+        assert hidden.grad is not None and hidden.grad.isfinite().all() and hidden.grad.any()
+        results.append((logits.detach(), hidden.grad))
+        with torch.inference_mode():
+            error = model.eval()(input_ids=IDS).logits - logits  # other kernels: a last bit moves x by a whole step
+        assert error.norm() < 0.05 * logits.norm()
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert capfd.readouterr() == ("", "")
+
+
+_MEASURE = """
+import resource, sys, torch
+from smore_cli.models.load import load_backbone
+from smore_cli.recipe.schema import ModelConfig
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+load_backbone(ModelConfig(name_or_path=sys.argv[1], dtype="bfloat16"), device=torch.device("cpu"))
+before = peak()
+model = load_backbone(ModelConfig(name_or_path=sys.argv[2], dtype="bfloat16"), device=torch.device("cpu")).model
+touched = sum(float(p.flatten()[::512].sum()) for p in model.parameters())  # what is mapped from the file is then there
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.slow  # a process of its own, whose peak memory nothing else has raised
+def test_a_bfloat16_checkpoint_is_loaded_without_a_float32_copy(tiny_llama: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 4096}
+    config = LlamaConfig(**sizes, num_hidden_layers=4, num_attention_heads=8, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu").save_pretrained(tmp_path)
+    for path in tiny_llama.glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    weights = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert weights > 250e6
+    printed = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(tiny_llama), str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert weights * 0.3 < int(printed.stdout) < weights * 1.5  # through float32 it would be twice the file at least

@@ -124,7 +124,6 @@ def test_full_paths_are_written_where_short_names_would_match_more() -> None:
         ({"use_qalora": True}, "use_qalora"),
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q": 2}}, "rank_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"a_feature_of_next_year": 1}, "a_feature_of_next_year"),
     ],

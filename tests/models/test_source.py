@@ -106,7 +106,7 @@ def test_a_hub_model_in_the_cache_is_used_offline(tmp_path: Path, monkeypatch: p
     references.mkdir()
     (references / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert find_source(_config("some-org/some-model")) == ModelSource("some-org/some-model", None, local=True)
+    assert find_source(_config("some-org/some-model")) == ModelSource(str(snapshot), None, local=True)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_after_an_entry_is_removed_the_others_keep_their_places(problems: Proble
         ("trian.epochs=1", "unknown key 'trian' at the top level: did you mean 'train'?"),
         ("lora_r=8", "unknown key 'lora_r' at the top level: that is axolotl's name, here it is 'adapter.rank'"),
         ("train.learning_rate=fast", "'train.learning_rate' must be a number, got the string 'fast'"),
-        ("data.train.0.format=sharegpt", None),
+        ("data.train.0.format=shargpt", None),
         ("data.train.1.format=chat", "'data.train' is a list with the indices 0 to 0, not '1'"),
         ("data.train.first.format=chat", "'data.train' is a list with the indices 0 to 0, not 'first'"),
         ("version.x=1", "'version' is a value, not a section, so 'x' cannot be set in it"),
@@ -90,7 +90,11 @@ def test_after_an_entry_is_removed_the_others_keep_their_places(problems: Proble
         ("model=null", "missing key 'model' at the top level"),
         ("model={}", "missing key 'name_or_path' in model"),
         ("train.epoks=null", "unknown key 'epoks' in train: did you mean 'epochs'?"),
-        ("eval.x.y=null", "unknown key 'x' in eval: there are steps, batch_size"),
+        (
+            "eval.x.y=null",
+            "unknown key 'x' in eval: there are steps, batch_size, metric_for_best_model, greater_is_better, "
+            "early_stopping_patience, early_stopping_threshold, load_best_model_at_end",
+        ),
         ("adapter.method=smoore", "unknown method 'smoore': did you mean 'smore'?"),
         ("output_dir=*x", "*x refers to an anchor &x that is not defined above it"),
     ],

@@ -21,6 +21,7 @@ SECTIONS = [
     schema.DataConfig,
     schema.TrainConfig,
     schema.EvalConfig,
+    schema.LogConfig,
 ]
 
 

@@ -33,10 +33,11 @@ def test_a_run_leaves_everything_the_design_names(make_recipe: MakeRecipe, tmp_p
     written = {entry.name for entry in folder.iterdir()}
     assert written >= {
         "recipe.yaml", "resolved.yaml", "run.json", "metrics.jsonl", "README.md", "adapter_config.json",
-        "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "checkpoint-4",
+        "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "checkpoint-6",
+        "best", "latest",
     }  # fmt: skip
-    assert [entry.name for entry in checkpoints(folder)] == ["checkpoint-4"]
-    assert {entry.name for entry in (folder / "checkpoint-4").iterdir()} == {
+    assert [entry.name for entry in checkpoints(folder)] == ["checkpoint-6"]  # the best so far, and the newest
+    assert {entry.name for entry in (folder / "checkpoint-6").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
         "trainer_state.json", "data_state.json", "complete.json",
     }  # fmt: skip
@@ -89,7 +90,7 @@ def test_resuming_needs_a_run_and_the_same_recipe(make_recipe: MakeRecipe, tmp_p
     with pytest.raises(UsageError, match="no run to resume"):
         run(make_recipe(), resume=True)
     unfinished(make_recipe, tmp_path)
-    with pytest.raises(UsageError, match=r"train.learning_rate \(was 0.01, now 0.02\)"):
+    with pytest.raises(UsageError, match=r"train.learning_rate: 0.01 -> 0.02 \(changes every step\)"):
         run(make_recipe(train={"save_steps": 2, "learning_rate": 0.02}), resume=True)
     run(make_recipe(train={"save_steps": 3, "logging_steps": 2}), resume=True)  # changes nothing that matters
 
@@ -100,7 +101,7 @@ def test_resuming_on_changed_data_is_refused(make_recipe: MakeRecipe, tmp_path: 
     data = {"train": [{"path": str(copy), "format": "multiple_choice"}]}
     unfinished(make_recipe, tmp_path, data=data)
     copy.write_text(questions.read_text().replace("apples", "pears"))
-    with pytest.raises(CheckpointError, match="training rows are not those"):
+    with pytest.raises(UsageError, match="training rows are not those"):
         run(make_recipe(train={"save_steps": 2}, data=data), resume=True)
 
 

@@ -1,12 +1,17 @@
-"""Every row once an epoch, the same order for the same seed, and a learning rate that does what its name says."""
+"""Every row once an epoch, the same order for the same seed, however rows share passes and lines."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import re
+from collections import Counter
+from typing import Any
 
+import pytest
+import torch
+
+from smore_cli.data.mixing import Mixture
 from smore_cli.recipe.schema import TrainConfig
-from smore_cli.training.schedule import StepPlan, build_optimizer, build_scheduler
+from smore_cli.training.schedule import StepPlan
 
 
 def test_an_epoch_sees_every_row_once() -> None:
@@ -14,7 +19,7 @@ def test_an_epoch_sees_every_row_once() -> None:
     assert plan.total_steps == 8
     for epoch in range(2):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
-        rows = [row for step in steps for rows in plan.passes(step) for row in rows]
+        rows = [row for step in steps for packs in plan.passes(step) for (row,) in packs]
         assert sorted(rows) == list(range(20))
 
 
@@ -30,32 +35,68 @@ def test_passes_hold_at_most_the_device_batch() -> None:
     assert [[len(rows) for rows in plan.passes(step)] for step in range(3)] == [[3, 3, 2], [3, 3, 2], [3, 3, 1]]
 
 
+def test_the_order_of_the_rows_is_what_it_always_was() -> None:
+    plan = StepPlan(num_rows=10, global_batch_size=4, per_pass=2, total_steps=6, seed=7)
+    order = [torch.randperm(10, generator=torch.Generator().manual_seed(7 * 1_000_003 + e)).tolist() for e in (0, 1)]
+    rows = [[row for packs in plan.passes(step) for (row,) in packs] for step in range(6)]
+    assert rows == [each[i : i + 4] for each in order for i in (0, 4, 8)]
+
+
+LENGTHS = [3 + 7 * (number % 5) for number in range(40)]
+LAYOUTS = ["rows", "groups", "packs"]
+WEIGHTS = [None, (3.0, 1.0)]
+
+
+def planned(layout: str, weights: tuple[float, ...] | None, **train: Any) -> StepPlan:
+    mixture = Mixture((30, 10), 0, weights, ("a", "b"))
+    config = TrainConfig(per_device_batch_size=2, global_batch_size=4, **train)
+    extra = {"mixture": mixture, "layout": layout, "lengths": LENGTHS, "max_length": 64}
+    return StepPlan.from_config(config, 40, seed=0, **extra)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_follows_from_its_number_alone_in_every_layout(layout: str, weights: tuple[float, ...] | None) -> None:
+    plan = planned(layout, weights, epochs=3.0)
+    steps = [plan.passes(step) for step in range(plan.total_steps)]
+    fresh = planned(layout, weights, epochs=3.0)
+    assert [fresh.passes(step) for step in reversed(range(plan.total_steps))] == steps[::-1]
+    draws = Counter(row for passes in steps for packs in passes for pack in packs for row in pack)
+    assert plan.epoch_of(plan.total_steps) == 3
+    assert sum(draws.values()) == 120
+    assert weights is not None or set(draws.values()) == {3}
+    assert plan.rows_used() == sorted(draws)
+    assert all(len(passes) <= 2 and all(len(packs) <= 2 for packs in passes) for passes in steps)
+    if layout == "packs":
+        assert all(sum(LENGTHS[row] for row in pack) <= 64 for passes in steps for packs in passes for pack in packs)
+        assert plan.total_steps < planned("rows", weights, epochs=3.0).total_steps
+    epochs = [plan.epoch_of(step) for step in range(plan.total_steps + 1)]
+    assert epochs == sorted(set(epochs)) and epochs[0] == 0
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_part_of_an_epoch_of_packs_is_that_part_of_its_steps(weights: tuple[float, ...] | None) -> None:
+    one, more = planned("packs", weights, epochs=1.0), planned("packs", weights, epochs=1.5)
+    assert one.total_steps == one.steps_per_epoch
+    assert one.total_steps < more.total_steps < 2 * one.total_steps + 1
+    assert more.epoch_of(more.total_steps) == pytest.approx(1.5, abs=0.2)
+    assert set(more.rows_used()) <= set(range(40))
+
+
+def test_a_plan_says_before_training_what_is_padding_and_what_could_be_done() -> None:
+    lines = planned("rows", None).lines()
+    assert lines[0] == "steps     10 of 4 rows, 1.00 epochs"
+    assert re.fullmatch(
+        r"padding   \d+ % of passes of 2 x \d+; \d+ % with train.group_by_length, \d+ % with data.packing", lines[1]
+    )
+    plan = planned("packs", (3.0, 1.0))
+    assert "packs" in plan.lines()[0] and "mixture   b: 25.0 % of the rows, 10 an epoch of 10" in plan.lines()[2]
+    facts = plan.facts()
+    assert facts["layout"] == "packs" and len(facts["mixture"]) == 2
+    shares = {layout: padding["share"] for layout, padding in facts["padding"].items()}
+    assert shares["packs"] < 0.1 < shares["rows"] and shares["groups"] < shares["rows"]
+    assert StepPlan(50, 10, 5, 10, seed=0).lines() == ["steps     10 of 10 rows, 2.00 epochs"]
+
+
 def test_half_an_epoch_is_half_the_steps() -> None:
     assert StepPlan.from_config(TrainConfig(per_device_batch_size=4, epochs=0.5), 40, seed=0).total_steps == 5
-
-
-def test_weight_decay_spares_biases() -> None:
-    layer = nn.Linear(3, 2)
-    optimizer = build_optimizer(list(layer.named_parameters()), TrainConfig(weight_decay=0.1))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert decay == {id(layer.weight): 0.1, id(layer.bias): 0.0}
-
-
-def test_schedules_warm_up_and_end_where_they_should() -> None:
-    rates = {}
-    for name in ("constant", "linear", "cosine"):
-        train = TrainConfig(learning_rate=1.0, lr_scheduler=name, warmup_ratio=0.2)  # type: ignore[arg-type]
-        optimizer = build_optimizer([("w", nn.Parameter(torch.zeros(1, 1)))], train)
-        scheduler = build_scheduler(optimizer, train, 10)
-        rates[name] = []
-        for _ in range(11):
-            rates[name].append(scheduler.get_last_lr()[0])
-            optimizer.step()
-            scheduler.step()
-    for values in rates.values():
-        assert values[:3] == [0.0, 0.5, 1.0]
-    assert rates["constant"][10] == 1.0
-    assert rates["linear"][6] == 0.5
-    assert abs(rates["cosine"][6] - 0.5) < 1e-9
-    assert rates["linear"][10] == 0.0
-    assert abs(rates["cosine"][10]) < 1e-9
