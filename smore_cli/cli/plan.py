@@ -41,7 +41,7 @@ def plan_command(
 
     for note in found.notes:
         out.print(f"note      {note}", markup=False, highlight=False, soft_wrap=True)
-    for table in (_parameters(found), _memory(found), _run(found)):
+    for table in (_parameters(found), _memory(found), _run(found, "packs" if loaded.data.packing else "rows")):
         out.print(table)
         out.print()
 
@@ -72,29 +72,30 @@ def _memory(plan: RunPlan) -> Table:
         if phase != highest:
             table.add_row(f"  peak in: {phase}", show(size), "")
     with_it, without = plan.with_checkpointing["true"], plan.with_checkpointing["false"]
-    table.add_row("  with gradient_checkpointing", show(with_it), "")
-    table.add_row("  without", show(without), "")
-    table.add_row(f"  logits at {plan.heaviest.supervised:,} places, as such", show(memory.logits), "")
+    table.add_row("  peak with gradient_checkpointing", show(with_it), "")
+    table.add_row("  peak without it", show(without), "")
+    table.add_row(f"  one tensor of logits, {plan.heaviest.supervised:,} tokens", show(memory.logits), "")
     return table
 
 
-def _run(plan: RunPlan) -> Table:
+def _run(plan: RunPlan, lines: str) -> Table:
     table = _table("run", "", "")
     shape = plan.heaviest
-    step = "" if shape.step is None else f"step {shape.step + 1}"
-    table.add_row("heaviest pass", f"{shape.lines} x {shape.width}", step)
+    step = "" if shape.step is None else f", in step {shape.step + 1}"
+    table.add_row("heaviest pass", f"{shape.lines} x {shape.width}", f"{lines} x tokens{step}")
     if plan.rows:
         held_out = f"{plan.rows['held_out']:,} held out"
         table.add_row("rows", f"{plan.rows['train']:,}", f"{plan.rows['tokens']:,} tokens; {held_out}")
     if "steps" in plan.steps:
         epochs = f", {plan.steps['epochs']:.2f} epochs" if "epochs" in plan.steps else ""
-        table.add_row("steps", f"{plan.steps['steps']:,.0f}", f"of {plan.steps['rows_a_step']:,.0f} rows{epochs}")
+        table.add_row("steps", f"{plan.steps['steps']:,.0f}", f"of {plan.steps['rows_a_step']:,.0f} {lines}{epochs}")
     if plan.tokens:
         padding = f"and {100 * plan.tokens['padding']:.0f} % of all places are padding"
         table.add_row("tokens", f"{plan.tokens['tokens']:,.0f}", padding)
     kept = plan.disk["checkpoints_kept"]
     checkpoints = f"{kept} checkpoint{'' if kept == 1 else 's'} of {show(plan.disk['checkpoint'])} at once"
-    table.add_row("disk", show(plan.disk["in_all"]), f"{checkpoints}, adapter {show(plan.disk['adapter'])}")
+    table.add_row("disk", show(plan.disk["in_all"]), checkpoints)
+    table.add_row("  of it the final adapter", show(plan.disk["adapter"]), "")
     return table
 
 

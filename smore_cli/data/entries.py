@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smore_cli.data.bundled import QUICKSTART, quickstart_files
-from smore_cli.data.files import data_kind, read_file
+from smore_cli.data.files import CSV_HINT, csv_header, data_kind, read_file
 from smore_cli.data.folders import split_files
 from smore_cli.data.json_text import json_line
 from smore_cli.data.quiet import first_line
@@ -120,10 +120,11 @@ def _csv_rows(path: Path, origin: str) -> Iterator[Entry]:
     try:
         with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
             lines = csv.reader(text, strict=True)
-            header = next(lines, [])
-            if repeated := sorted({name for name in header if header.count(name) > 1}):
-                raise DataError(f"{origin}:1: the header names a column twice: {', '.join(repeated)}")
+            header = csv_header(lines, origin)
             for cells in lines:
+                if any("\0" in cell for cell in cells):
+                    problem = f"{origin}:{lines.line_num}: a NUL byte"
+                    raise DataError(problem, "the file is damaged, or not UTF-8: save it again as UTF-8")
                 if cells and len(cells) != len(header):
                     count = f"{len(cells)} cells where the header has {len(header)}"
                     raise DataError(f"{origin}:{lines.line_num}: {count}", "quote cells that hold a comma")
@@ -132,7 +133,7 @@ def _csv_rows(path: Path, origin: str) -> Iterator[Entry]:
     except UnicodeDecodeError as error:
         raise DataError(f"{origin}: not UTF-8 text, after line {lines.line_num}", "save the file as UTF-8") from error
     except csv.Error as error:
-        raise DataError(f"{origin}:{lines.line_num}: not valid CSV: {error}") from error
+        raise DataError(f"{origin}:{lines.line_num}: not valid CSV: {error}", CSV_HINT) from error
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(origin, error) from error
 
@@ -149,7 +150,8 @@ def _parquet_rows(path: Path, origin: str) -> Iterator[Entry]:
                     number += 1
                     yield Entry(f"{origin}, row {number}", row)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{origin}: not a parquet file, after row {number}: {first_line(error)}") from error
+        problem = f"{origin}: not a parquet file, after row {number}: {first_line(error)}"
+        raise DataError(problem, "download or write it again") from error
     except OSError as error:
         raise _unreadable(origin, error) from error
 

@@ -21,10 +21,11 @@ from smore_cli.data.tables import read_arrow, read_parquet
 from smore_cli.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["KINDS", "READERS", "data_kind", "read_file"]
+__all__ = ["CSV_HINT", "KINDS", "READERS", "csv_header", "data_kind", "read_file"]
 
+CSV_HINT = "a quote is opened and not closed, or stands inside a cell: double it"
 RawRow = dict[str, Any]
 
 
@@ -47,6 +48,8 @@ def read_file(path: Path, origin: str) -> Sequence[RawRow]:
         DataError: no such file, another kind of file, an empty file, or a line that cannot be read.
     """
     if not path.exists():
+        if path.is_symlink():
+            raise DataError(f"{origin} is a link that leads to no file", "mend the link, or name the file itself")
         raise DataError(f"there is no file {origin}", _near(path))
     kind = data_kind(path)
     if kind not in READERS:
@@ -100,16 +103,10 @@ def _read_bytes(path: Path, origin: str) -> bytes:
 
 def _read_csv(text: str, origin: str) -> list[RawRow]:
     """Reads comma-separated text with a header; every cell stays the text it is."""
-    csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters a cell; long documents have more
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[RawRow] = []
     try:
-        header = next(lines, [])
-        if repeated := sorted({name for name in header if header.count(name) > 1}):
-            raise DataError(f"{origin}:1: the header names a column twice: {', '.join(repeated)}", "rename one")
-        if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
-            problem = f"{origin}:1: columns are separated by {other!r}, not by commas"
-            raise DataError(problem, "save it with commas, or as .jsonl")
+        header = csv_header(lines, origin)
         for cells in lines:
             if not cells:
                 continue
@@ -118,9 +115,24 @@ def _read_csv(text: str, origin: str) -> list[RawRow]:
                 raise DataError(f"{origin}:{lines.line_num}: {count}", "quote cells that hold a comma")
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        hint = "a quote is opened and not closed, or stands inside a cell: double it"
-        raise DataError(f"{origin}:{lines.line_num}: not valid CSV: {error}", hint) from error
+        raise DataError(f"{origin}:{lines.line_num}: not valid CSV: {error}", CSV_HINT) from error
     return rows
+
+
+def csv_header(lines: Iterator[list[str]], origin: str) -> list[str]:
+    """Returns the names of a table's columns, its first line; none where it has no line.
+
+    Raises:
+        DataError: a name stands there twice, or the columns are not separated by commas.
+    """
+    csv.field_size_limit(sys.maxsize)  # Python's own limit is 131,072 characters a cell; long documents have more
+    header = next(lines, [])
+    if repeated := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{origin}:1: the header names a column twice: {', '.join(repeated)}", "rename one")
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        problem = f"{origin}:1: columns are separated by {other!r}, not by commas"
+        raise DataError(problem, "save it with commas, or as .jsonl")
+    return header
 
 
 TEXTS: dict[str, Callable[[str, str], list[RawRow]]] = {

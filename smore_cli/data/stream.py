@@ -221,7 +221,7 @@ def _shuffled(read: Callable[[], Iterator[Entry]], place: int, size: int, seed: 
         entries = read()
         buffer = list(islice(entries, size))
         if not buffer:
-            raise DataError(f"source {place + 1} of the stream is empty: it holds no row", "take it out of the recipe")
+            raise DataError(f"data.train.{place} is empty: it holds no row", "take it out of the recipe")
         for entry in entries:
             drawn = dice.randrange(len(buffer))
             yield Draw(place, epoch, buffer[drawn])

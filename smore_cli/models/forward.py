@@ -54,8 +54,14 @@ def _attention_mask(model: Any, batch: Batch) -> Tensor | dict[str, Tensor] | No
 
     Transformers applies a window to the masks that it makes itself, and takes a dense one (of rows with branches) for
     all layers as it is: a model would be trained with a view that it never has again.
+
+    Raises:
+        ModelError: flash attention was asked for, which takes no dense mask and would read this one as something else.
     """
     mask, config = batch.attention_mask, model.config.get_text_config()
+    if mask is not None and mask.dim() == 4 and config._attn_implementation == "flash_attention_2":
+        problem = "model.attn_implementation: flash_attention_2 cannot keep the choices of a question apart"
+        raise ModelError(problem, "use sdpa")
     window = getattr(config, "sliding_window", None)
     if mask is None or mask.dim() != 4 or not window:
         return mask

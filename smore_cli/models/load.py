@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
     from smore_cli.recipe.schema import ModelConfig, QuantizationConfig
 
-__all__ = ["Backbone", "default_device", "load_backbone", "load_skeleton", "load_tokenizer", "resolve_dtype"]
+__all__ = [
+    "Backbone",
+    "default_device",
+    "load_backbone",
+    "load_skeleton",
+    "load_tokenizer",
+    "require_usable",
+    "resolve_dtype",
+]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -88,6 +96,16 @@ def load_backbone(
     model.requires_grad_(False)
     model.eval()
     return Backbone(model, tokenizer, source.name)
+
+
+def require_usable(config: ModelConfig, device: torch.device) -> None:
+    """Refuses what the machine cannot do, before anything is read.
+
+    Raises:
+        ModelError: no such attention kernel here, or not the devices to spread a model over.
+    """
+    _check_attention(config, device)
+    device_map_of(config, device)
 
 
 def load_skeleton(config: ModelConfig) -> PreTrainedModel:

@@ -174,7 +174,8 @@ def fit_prior(
     key = hashlib.sha256(f"{_LAYOUT} {prior.embedder.identity(model, embedded)}".encode()).hexdigest()
 
     def embed() -> Tensor:
-        say(f"embedding {len(embedded):,} prompts for the prior")
+        fewer = "; adapter.kmeans_max_prompts takes a sample" if len(clustered) > 1000 else ""
+        say(f"embedding {len(embedded):,} prompts for the prior, a forward pass each{fewer}")
         return prior.embedder(model, embedded)
 
     embeddings = _kept(key, "embeddings", embed)

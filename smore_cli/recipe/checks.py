@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple, get_args
 
 from smore_cli.recipe.document import Loc
+from smore_cli.recipe.idle_checks import idle_settings
 from smore_cli.recipe.optimisation_checks import optimisation_contradictions
 from smore_cli.recipe.schema import Source, TrainConfig
 from smore_cli.recipe.stream_checks import stream_contradictions
@@ -38,8 +39,10 @@ def find_contradictions(values: dict[str, Any]) -> Iterator[Contradiction]:
     yield from _eight_bits(_section(values, "quantization"))
     yield from _mixture(data, sources)
     yield from (Contradiction(locs, message) for locs, message in optimisation_contradictions(values))
+    yield from (Contradiction(locs, message) for locs, message in idle_settings(values))
     yield from (Contradiction(locs, message) for locs, message in stream_contradictions(values))
     yield from _what_is_learned(data, sources)
+    yield from _names(values, sources)
     for loc, source in sources:
         yield from _local_file(loc, source)
         yield from _roles(loc, source)
@@ -125,9 +128,21 @@ def _roles(loc: Loc, source: dict[str, Any]) -> Iterator[Contradiction]:
         yield Contradiction(((*loc, "roles"),), message)
 
 
+def _names(values: dict[str, Any], sources: list[tuple[Loc, dict[str, Any]]]) -> Iterator[Contradiction]:
+    """Refuses what no file system takes for a name: Python would say so in the middle of the work."""
+    model: tuple[Loc, Any] = (("model", "name_or_path"), _section(values, "model").get("name_or_path"))
+    output: tuple[Loc, Any] = (("output_dir",), values.get("output_dir"))
+    for loc, name in (model, *(((*loc, "path"), source.get("path")) for loc, source in sources), output):
+        parts = name.encode("utf-8", "replace").split(b"/") if isinstance(name, str) else []
+        if sum(len(part) + 1 for part in parts) > 4096 or any(len(part) > 255 for part in parts):
+            yield Contradiction((loc,), f"'{_dotted(loc)}' is longer than the name of a file can be: shorten it")
+
+
 def _local_file(loc: Loc, source: dict[str, Any]) -> Iterator[Contradiction]:
     path = source.get("path")
-    if isinstance(path, str) and PurePath(path).suffix.lower() in _FILE_ENDINGS:
+    if isinstance(path, str) and "://" in path:
+        yield Contradiction(((*loc, "path"),), f"'{path}' is an address: download the file, and name that")
+    elif isinstance(path, str) and PurePath(path).suffix.lower() in _FILE_ENDINGS:
         for key in ("name", "revision"):
             if source.get(key) is not None:
                 message = f"'{key}' is for hub datasets, but '{path}' is a file: remove the line"

@@ -30,10 +30,12 @@ _NOUNS = {
     "dict_type": "a mapping",
     "model_type": "a section of key: value lines",
     "finite_number": "a finite number",
-    "greater_than": "greater than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "greater than {gt:.10g}",
+    "greater_than_equal": "at least {ge:.10g}",
+    "less_than": "less than {lt:.10g}",
+    "less_than_equal": "at most {le:.10g}",
+    "string_too_short": "at least {min_length} character long",
+    "string_pattern_mismatch": "a name or path, on one line and without white space around it",
 }
 _PATTERNS = {name: pattern for name, pattern, _ in CORE_SCALARS}
 
@@ -149,8 +151,12 @@ def _advice(value: Any, wanted: str, details: list[ErrorDetails]) -> str:
             if number.match(re.sub("[_,]", "", value)):
                 return ": write it without separators"
         choices = re.findall(r"'([^']*)'", str(details[0].get("ctx", {}).get("expected", "")))
-        if near := difflib.get_close_matches(value, choices, n=1, cutoff=0.5):
+        if near := difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.5):
             return f": did you mean '{near[0]}'?"
+        if wanted.startswith("a list"):
+            return ": remove the line" if value.lower() in ("none", "null") else f": write [{value}]"
+    elif wanted.startswith("a list") and isinstance(value, dict):
+        return ": begin the entry with '- '"
     elif wanted == "a string" and isinstance(value, bool | int | float):
         return ": put it in quotes"
     return ""
@@ -158,7 +164,8 @@ def _advice(value: Any, wanted: str, details: list[ErrorDetails]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, str):
-        return f"the string '{value if len(value) <= 60 else value[:57] + '...'}'"
+        short = value if len(value) <= 60 else value[:57] + "..."
+        return "the string '{}'".format(short.replace("\n", "\\n"))
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):

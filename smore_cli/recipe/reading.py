@@ -34,8 +34,10 @@ CORE_SCALARS = (
 """YAML 1.2 core schema: type, pattern of a plain scalar, the characters it may start with. int goes before float."""
 
 _TAG = "tag:yaml.org,2002:"
+_UNUSABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # what an escape such as "\0" writes
 _LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # what YAML counts as a line
 _MAX_BYTES = 1 << 20  # a model file given by mistake is not read to its end
+_MAX_VALUES = 100_000  # aliases of aliases can say more than any memory holds
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -60,6 +62,8 @@ def read_document(path: str | Path) -> Document:
     reader = _NodeReader(document.keys, document.places, document.unreadable)
     document.values = reader.read(node, ())
     document.problems += reader.problems
+    if reader.count > _MAX_VALUES:
+        document.fail_if_any()
     if not isinstance(document.values, dict):
         message = "a recipe is a mapping of sections, as in 'model: {name_or_path: ...}'"
         document.problems = [Problem(_mark(node), message)]
@@ -111,6 +115,8 @@ def _compose(text: str, document: Document) -> yaml.Node | None:
         said = f"character U+{ord(text[error.position]):04X} is not allowed in YAML"
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if error.context in ("while scanning a quoted scalar", "while scanning a simple key"):
+            mark = error.context_mark  # what is missing is missing where it begins, not at the end of the file
         place = Mark(mark.line + 1, mark.column + 1) if mark else Mark(1, 1)
         said = _syntax_message(error)
     except RecursionError:
@@ -133,6 +139,10 @@ def _syntax_message(error: yaml.MarkedYAMLError) -> str:
         hint = "; put quotes around a value that contains ': '"
     elif "<block end>" in said:
         hint = "; check the indentation"
+    elif error.context == "while scanning a quoted scalar" and said == "found unexpected end of stream":
+        return "not valid YAML: a quote is opened here and never closed"
+    elif error.context == "while scanning a simple key":
+        return "not valid YAML: no 'key: value' here; there must be a colon and a space after the key"
     context = f"{error.context} that starts on line {error.context_mark.line + 1}, " if error.context_mark else ""
     return f"not valid YAML: {context}{said}{hint}"
 
@@ -148,8 +158,14 @@ class _NodeReader:
         self.keys, self.places, self.unreadable = keys, places, unreadable
         self.problems: list[Problem] = []
         self._open: set[int] = set()  # collections being read: an alias to one of them would never end
+        self.count = 0
 
     def read(self, node: yaml.Node, loc: Loc) -> Any:
+        self.count += 1
+        if self.count > _MAX_VALUES:
+            if self.count == _MAX_VALUES + 1:
+                self._note(node, f"more than {_MAX_VALUES:,} values, aliases written out: no recipe is that long")
+            return None
         self.places[loc] = _mark(node)
         if id(node) in self._open:
             self._note(node, "an alias to something that contains it")
@@ -188,6 +204,8 @@ class _NodeReader:
         text, kind = node.value, node.tag.removeprefix(_TAG)
         patterns = {name: pattern for name, pattern, _ in CORE_SCALARS}
         if kind == "str":
+            if wrong := _UNUSABLE.search(text):
+                self._note(node, f"character U+{ord(wrong[0]):04X} has no place in a recipe: remove it")
             return text
         if kind not in patterns:
             self._note(node, f"tag '{node.tag.replace(_TAG, '!!')}' has no meaning in a recipe")

@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 
+_ONE_LINE = r"^\S(.*\S)?$"  # of a name or path: not empty, no line break, no white space around it
+
+
 def _whole(value: object) -> object:
     # pydantic compares a Literal by equality, so that true and 1.0 would pass for 1.
     if type(value) is not int:
@@ -44,7 +47,7 @@ def _method_config(value: object) -> object:
     elif not isinstance(name, str):
         wrong = PydanticCustomError("string_type", "the method is not a name")
     else:
-        near = difflib.get_close_matches(name, methods, n=1)
+        near = difflib.get_close_matches(name.lower(), methods, n=1)
         said = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(methods)}"
         wrong = PydanticCustomError("unknown_method", "unknown method '{name}': {said}", {"name": name, "said": said})
     details = InitErrorDetails(type=wrong, loc=("method",), input=value.get("method", value))
@@ -62,7 +65,10 @@ class ModelConfig(Section):
 
     name_or_path: Annotated[
         str,
-        Field(description="a local folder, a hub name, a .gguf file, or a bundled model such as smollm2-135m"),
+        Field(
+            description="a local folder, a hub name, a .gguf file, or a bundled model such as smollm2-135m",
+            pattern=_ONE_LINE,
+        ),
     ]
     revision: Annotated[str | None, Field(description="branch, tag or commit of a hub model")] = None
     dtype: Annotated[
@@ -100,7 +106,8 @@ class Source(Section):
         str,
         Field(
             description="a file (.jsonl .json .csv .parquet .arrow; text also .gz), a folder of such files or one that "
-            "save_to_disk wrote, a glob such as data/*.jsonl, a hub dataset, or the bundled set 'quickstart'"
+            "save_to_disk wrote, a glob such as data/*.jsonl, a hub dataset, or the bundled set 'quickstart'",
+            pattern=_ONE_LINE,
         ),
     ]
     format: Annotated[
@@ -129,6 +136,7 @@ class Source(Section):
             description="share of the rows of an epoch that come from this source, relative to the other weights; on "
             "all sources of data.train or on none (then by size)",
             gt=0,
+            le=1e9,
         ),
     ] = None
     group: Annotated[
@@ -267,6 +275,7 @@ class TrainConfig(Section):
             description="processes that make the next batches while a step runs (and tokenise, with data.streaming); "
             "0: none, each batch is made when its step begins; the run is the same",
             ge=0,
+            le=256,
         ),
     ] = 0
     gradient_checkpointing: Annotated[bool, Field(description="recompute activations in the backward pass")] = False
@@ -355,5 +364,5 @@ class Recipe(Section):
     train: Annotated[TrainConfig, Field(description="the optimisation")] = TrainConfig()
     eval: Annotated[EvalConfig, Field(description="evaluation while training")] = EvalConfig()
     log: Annotated[LogConfig, Field(description="where metrics go beside metrics.jsonl")] = LogConfig()
-    output_dir: Annotated[str, Field(description="the run folder")]
-    seed: Annotated[int, Field(description="seeds initialisation, data order and dropout", ge=0)] = 0
+    output_dir: Annotated[str, Field(description="the run folder", pattern=_ONE_LINE)]
+    seed: Annotated[int, Field(description="seeds initialisation, data order and dropout", ge=0, lt=2**31)] = 0

@@ -73,7 +73,7 @@ def drop_former_best(run_dir: Path, step: int | None, save_steps: int) -> None:
     """Removes the checkpoint of `step`, which was the best, unless it was due at that step anyway."""
     folder = run_dir / f"checkpoint-{step}"
     if step is not None and step % save_steps and folder.is_dir():
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what a network disk holds on to is in the way, and no reason to end
 
 
 def take_best(run_dir: Path, state: TrainerState) -> str | None:

@@ -223,13 +223,16 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def prune(run_dir: Path, limit: int | None, best: int | None = None) -> None:
-    """Removes the oldest checkpoints beyond `limit`; the newest and that of the step `best` stay whatever it is."""
-    found = checkpoints(run_dir)
-    if limit is None or not found:
+def prune(run_dir: Path, limit: int | None, newest: int, best: int | None = None) -> None:
+    """Removes the oldest checkpoints beyond `limit`; those of the steps `newest` and `best` stay whatever it is.
+
+    Those of later steps go first: they are damaged, or the run went back to an earlier one.
+    """
+    if limit is None:
         return
-    kept = [found[0], *(folder for folder in found[1:] if step_of(folder) == best)]
-    others = [folder for folder in found if folder not in kept]
+    found = checkpoints(run_dir)
+    kept = [folder for folder in found if step_of(folder) in (newest, best)]
+    others = sorted((folder for folder in found if folder not in kept), key=lambda folder: step_of(folder) > newest)
     for folder in others[max(0, limit - len(kept)) :]:
         shutil.rmtree(folder)
 

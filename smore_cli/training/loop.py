@@ -200,6 +200,7 @@ class Training(Run):
 
     def log(self) -> None:
         """Adds a line of training numbers."""
+        self.require_finite()
         values = self.window.values(self.state)
         self.window = Window(since=self.state.seconds)
         routers = self.watch.routers(self.processes)
@@ -208,11 +209,6 @@ class Training(Run):
         values["learning_rate"] = self.latest["learning_rate"]
         values["grad_norm"] = round(float(self.latest.pop("grad_norm")), 5)
         values["epoch"] = round(self.setup.plan.epoch_of(self.state.step), 4)
-        if not math.isfinite(values["loss"]):
-            raise SmoreError(
-                f"the loss is {values['loss']} at step {self.state.step}",
-                "lower train.learning_rate, or go on from an earlier checkpoint with --resume",
-            )
         self.latest.update(values)
         self.record(values)
         if news := self.watch.news(routers):

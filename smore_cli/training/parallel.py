@@ -230,7 +230,7 @@ def join() -> Processes:
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UsageError(
-            "DeepSpeed is not supported: its engine averages gradients over processes, a step here sums its shares",
+            "DeepSpeed is not supported: ZeRO fails where only some processes have the gradient of a parameter",
             "use FSDP2 instead: accelerate launch --use_fsdp --fsdp_version 2",
         )
     count = outer_processes()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.atomic import write_text, writing
-from smore_cli.errors import CheckpointError, UsageError
+from smore_cli.errors import CheckpointError, SmoreError, UsageError
 from smore_cli.models.adapter_files import save_adapter
 from smore_cli.models.tokenizer_files import save_tokenizer
 from smore_cli.planning.compare import compare
@@ -147,7 +148,9 @@ class Run:
 
         Raises:
             CheckpointError: it could not be written; with `last_chance` it says where the state is now.
+            SmoreError: the run has come to numbers that are not finite; no checkpoint makes room for one of these.
         """
+        self.require_finite()
         if self.saved is not None and self.saved.name == f"checkpoint-{self.state.step}":
             return self.saved  # the best evaluation's, a moment ago
         try:
@@ -158,17 +161,35 @@ class Run:
         self.saved = folder
         return folder
 
+    def require_finite(self) -> None:
+        """Ends a run whose loss since the last line of metrics, or whose newest gradient, is not finite.
+
+        Raises:
+            SmoreError: in every process, as all know the same numbers.
+        """
+        numbers = {"loss": sum(float(step.loss) for step in self.window.steps)}
+        numbers["norm of the gradient"] = float(self.latest.get("grad_norm", 0.0))
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise SmoreError(
+                    f"the {name} is {value} at step {self.state.step}",
+                    "lower train.learning_rate, or go on from an earlier checkpoint with --resume",
+                )
+
     def tidy_folder(self) -> None:
         """Points at the newest checkpoint and at the best, and removes those beyond the limit."""
         with writing(self.run_dir, CheckpointError):
             point(self.run_dir, self.state)
-            prune(self.run_dir, self.setup.recipe.train.save_total_limit, self.state.best.get("step"))
+            limit = self.setup.recipe.train.save_total_limit
+            prune(self.run_dir, limit, self.state.step, self.state.best.get("step"))
 
     def write_state(self, folder: Path) -> Path:
         """Writes a checkpoint below `folder`, of what all processes hold."""
         setup = self.setup
         self.state.data_hash = setup.hash_after(self.state.step)
-        self.state.latest, self.state.window = self.results(), self.window.state()
+        # A run that ends here, out of patience, has a last line of metrics to write when it is resumed.
+        newest = {key: float(self.latest[key]) for key in ("learning_rate", "grad_norm") if key in self.latest}
+        self.state.latest, self.state.window = self.results() | newest, self.window.state()
         random_states = self.processes.gather_objects(random_state())
         optimizer = WholeOptimizer.gathered(setup.optimizer) if setup.sharded else setup.optimizer
         with whole_adapter(setup.model):

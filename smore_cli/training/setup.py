@@ -14,11 +14,12 @@ from smore_cli.data.batch import prompt_of
 from smore_cli.data.rows import row_lengths
 from smore_cli.errors import ModelError
 from smore_cli.models.embedders import use_tokenizer
-from smore_cli.models.load import load_backbone, load_tokenizer, resolve_dtype
+from smore_cli.models.load import load_backbone, load_skeleton, load_tokenizer, require_usable, resolve_dtype
 from smore_cli.models.notices import backbone_notices
 from smore_cli.models.prior import fit_prior
 from smore_cli.nn import attach, checkpoint_contexts
 from smore_cli.nn.prior_hooks import active_prior
+from smore_cli.nn.targets import find_saved, find_targets
 from smore_cli.training.batches import Batches
 from smore_cli.training.learning_rate import build_scheduler
 from smore_cli.training.neftune import add_neftune
@@ -154,6 +155,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
         require_shardable(recipe, processes)
     accelerator = _accelerator(processes)
     require_optimizer(recipe.train, accelerator.device, say)
+    _require_fit(recipe, accelerator.device)
     set_seed(recipe.seed, device_specific=True)  # of dropout and noise: each process draws its own
     tokenizer = load_tokenizer(recipe.model)
     data = processes.main_first(lambda: load_run_data(recipe, tokenizer, say))
@@ -162,7 +164,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
     model = _backbone(recipe, accelerator.device, sharded=sharded)
     if recipe.data.packing:
         ranking = recipe.data.objective == "choice_ranking"
-        require_packing(model, accelerator.device, branched=ranking, flat=lies_flat(recipe))
+        require_packing(model, model.device, branched=ranking, flat=lies_flat(recipe))
     plan = data.plan(recipe)
     targets = attach(model, recipe.adapter, seed=recipe.seed)
     for line in backbone_notices(model):
@@ -193,6 +195,13 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
         recipe, accelerator, model, tokenizer, data.train_rows, data.eval_rows, data.hash, plan, batches, objective,
         optimizer, scheduler, targets, seconds, processes, sharded, baseline,
     )  # fmt: skip
+
+
+def _require_fit(recipe: Recipe, device: torch.device) -> None:
+    """Refuses an adapter that does not fit the model by the model's shapes alone: reading the data may take hours."""
+    require_usable(recipe.model, device)
+    shapes, adapter = load_skeleton(recipe.model), recipe.adapter
+    find_saved(shapes, adapter.modules_to_save, find_targets(shapes, adapter.target_modules, adapter.sites))
 
 
 def _accelerator(processes: Processes) -> Accelerator:

@@ -40,6 +40,9 @@ def write(path: Path, text: str, options: list[str]) -> None:
         data = data.decode().encode(encoding) if encoding in options else data
     if path.suffix == ".gz":
         data = gzip.compress(data) if data.strip() else b""
+    if "link" in options:
+        path.symlink_to("nowhere.jsonl")
+        return
     path.write_bytes(data[:-12] if "cut" in options else data)
 
 

@@ -189,3 +189,13 @@ def test_a_damaged_file_is_an_error_of_one_line_with_its_place(
     assert [next(read).row() for _ in range(3)] == ROWS[:3]
     with pytest.raises(DataError, match=r"someone/rows: broke off after row 3: the other side hung up"):
         next(read)
+
+
+def test_a_csv_is_read_and_refused_in_a_stream_as_it_is_in_memory(tmp_path: Path, stream: Stream) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text\n{'long ' * 40_000}\n")  # Python's own limit is 131,072 characters a cell
+    assert stream({"path": str(path), "format": "text"}, max_length=8)[0].length == 8
+    for content, wrong in (("text;a\nx;y\n", ":1: columns are separated by ';'"), ("text\na\0\n", ":2: a NUL byte")):
+        path.write_text(content)
+        with pytest.raises(DataError, match=wrong):
+            stream({"path": str(path), "format": "text"})[0]

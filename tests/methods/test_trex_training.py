@@ -100,7 +100,7 @@ def test_the_prior_is_fitted_before_the_first_step(tiny_llama: Path, tmp_path: P
     setup = prepare(read(write_recipe(tmp_path, tiny_llama)), said.append)
     prior = active_prior(setup.model)
     assert prior is not None and prior.centroids.shape == (6, 32)
-    assert "embedding 36 prompts for the prior" in said
+    assert "embedding 36 prompts for the prior, a forward pass each" in said
     vectors = prior.embedder(setup.model, [prompt_of(row) for row in setup.train_rows])
     nearest = torch.cdist(vectors, prior.centroids).argmin(1)
     means = torch.stack([vectors[nearest == k].mean(0) for k in range(6)])

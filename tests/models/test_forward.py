@@ -61,6 +61,13 @@ def test_logits_are_those_of_the_whole_sequence_at_the_sources(model: nn.Module)
     torch.testing.assert_close(out, full.flatten(0, 1)[batch.sources], rtol=1e-5, atol=1e-5)
 
 
+def test_flash_attention_is_refused_for_rows_with_branches(model: nn.Module) -> None:
+    """It would take the dense mask (B, 1, S, S) for one of padding, and index far beyond the batch."""
+    model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="flash_attention_2 cannot keep the choices of a question apart"):
+        target_logits(model, collate(CHOICES, pad_token_id=2))
+
+
 @pytest.mark.parametrize("rows", [CHOICES, PLAIN, CHOICES[:1], PLAIN[1:]])
 def test_logprobs_and_gradients_equal_those_of_separate_rows(model: nn.Module, rows: list[Row]) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]

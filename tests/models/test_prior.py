@@ -271,7 +271,7 @@ def test_a_sample_is_clustered_and_only_what_the_run_sees_is_embedded(tiny_llama
     assert len(sample) == 8 and sample == sorted(set(sample)) and sample == prior.clustering.sample(30)
     used = [i for i in range(30) if i not in sample][:3]
     fit_prior(model, prior, rows, [*used, sample[0]], said.append)
-    assert said == ["embedding 11 prompts for the prior"]
+    assert said == ["embedding 11 prompts for the prior, a forward pass each"]
     wanted = KMeans(3)(BackboneEmbedder()(model, [rows[i] for i in sample]), [1] * 8)
     torch.testing.assert_close(prior.centroids, wanted)
     assert len(prior._scores) == 11

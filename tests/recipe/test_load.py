@@ -99,8 +99,8 @@ def test_a_problem_shows_its_source_line_and_points_at_the_column(write: Callabl
 
 
 def test_a_very_long_source_line_is_shown_around_the_problem(write: Callable[[str], Path], good: str) -> None:
-    columns = ", ".join(f"column_{number}: c" for number in range(100))
-    line = f"data: {{train: [{{path: rows.jsonl, format: chat, columns: {{{columns}}}, kind: x}}]}}\n"
+    roles = ", ".join(f"role_{number}: user" for number in range(100))
+    line = f"data: {{train: [{{path: rows.jsonl, format: chat, roles: {{{roles}}}, kind: x}}]}}\n"
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(good.replace("data: {train: [{path: rows.jsonl, format: chat}]}\n", line)))
     _, shown, caret = caught.value.problems[0].splitlines()

@@ -13,7 +13,7 @@ import pytest
 
 from smore_cli.errors import UsageError
 from smore_cli.recipe.schema import EvalConfig, Recipe
-from smore_cli.training.best import is_best, out_of_patience
+from smore_cli.training.best import drop_former_best, is_best, out_of_patience
 from smore_cli.training.checkpoint import TrainerState, prune
 from smore_cli.training.loop import train
 
@@ -52,7 +52,18 @@ def test_a_gain_below_the_threshold_is_the_best_but_costs_patience() -> None:
 def test_the_limit_never_takes_the_best_nor_the_newest(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
     for step in (1, 3, 8, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    prune(tmp_path, limit, best=3)
+    prune(tmp_path, limit, 9, best=3)
+    assert sorted(int(path.name[11:]) for path in tmp_path.iterdir()) == kept
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [3, 8]), (3, [1, 3, 8]), (4, [1, 3, 8, 9])])
+def test_a_later_checkpoint_that_was_passed_over_goes_before_those_of_the_run(
+    tmp_path: Path, limit: int, kept: list[int]
+) -> None:
+    """As where the newest was damaged: it must not push out what is written after going on from the one before."""
+    for step in (1, 3, 8, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    prune(tmp_path, limit, 8, best=3)
     assert sorted(int(path.name[11:]) for path in tmp_path.iterdir()) == kept
 
 
@@ -64,7 +75,7 @@ def stopping(recipe: MakeRecipe, tmp_path: Path) -> Callable[..., Recipe]:
         rules = {"steps": 2, "greater_is_better": True, "early_stopping_patience": 2, "load_best_model_at_end": True}
         return recipe(
             data={"eval_fraction": 0.05},
-            train={"max_steps": 20, "save_steps": 3, "gradient_census": False},
+            train={"max_steps": 20, "save_steps": 3, "logging_steps": 4, "gradient_census": False},
             eval=rules | evaluation,
             output_dir=str(tmp_path / name),
         )
@@ -125,3 +136,10 @@ def test_a_checkpoint_that_is_only_the_best_goes_when_another_is(recipe: MakeRec
     assert losses == sorted(losses, reverse=True)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert (tmp_path / "run/best").read_text() == "checkpoint-4\n"
+
+
+def test_a_former_best_that_cannot_be_removed_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "elsewhere")  # `rmtree` refuses links
+    drop_former_best(tmp_path, 1, save_steps=2)
+    assert (tmp_path / "elsewhere").is_dir()

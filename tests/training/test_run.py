@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smore_cli.errors import CheckpointError, UsageError
+from smore_cli.errors import CheckpointError, SmoreError, UsageError
 from smore_cli.recipe import load_recipe
 from smore_cli.training.checkpoint import checkpoints, newest_complete
 from smore_cli.training.dry_run import dry_run
@@ -121,6 +121,16 @@ def test_a_damaged_checkpoint_is_passed_over(make_recipe: MakeRecipe, tmp_path: 
     with pytest.raises(CheckpointError, match=newest.name):
         run(make_recipe(train={"save_steps": 2}), checkpoint=newest)
     run(make_recipe(train={"save_steps": 2}), resume=True)
+
+
+def test_numbers_that_are_not_finite_push_out_no_checkpoint(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    settings = {"learning_rate": 1e30, "save_steps": 1, "logging_steps": 6, "save_total_limit": 1}
+    with pytest.raises(SmoreError, match=r"^the (loss|norm of the gradient) is (nan|inf) at step [2-5]$"):
+        run(make_recipe(train=settings | {"gradient_census": False}))
+    (left,) = checkpoints(tmp_path / "run")
+    assert all(tensor.isfinite().all() for tensor in load_file(left / "adapter_model.safetensors").values())
 
 
 def test_accumulation_gives_the_adapter_of_one_pass(make_recipe: MakeRecipe, tmp_path: Path) -> None:
