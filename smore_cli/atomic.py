@@ -99,12 +99,26 @@ def writing(path: str | Path, error: type[SmoreError] = SmoreError) -> Iterator[
     """
     try:
         yield
-    except OSError as failure:
+    except Exception as error_found:
+        failure = _os_error(error_found)
+        if failure is None:
+            raise
         free = shutil.disk_usage(nearest_folder(path)).free
         reason = failure.strerror or str(failure) or type(failure).__name__
-        full = failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = f"make room ({free / 2**20:,.0f} MiB are free)" if full else "see that the folder can be written"
-        raise error(f"{path} could not be written: {reason}", hint) from failure
+        hint = {
+            errno.ENOSPC: f"make room ({free / 2**20:,.0f} MiB are free)",
+            errno.EDQUOT: "make room: the quota is used up",
+            errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+        }.get(failure.errno or 0, "see that the folder can be written")
+        raise error(f"{path} could not be written: {reason}", hint) from error_found
+
+
+def _os_error(found: Exception) -> OSError | None:
+    """Returns what the system said; libraries in Rust (tokenizers, safetensors) say it in an error of their own."""
+    if isinstance(found, OSError):
+        return found
+    number = re.search(r"\(os error (\d+)\)", str(found))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def nearest_folder(path: str | Path) -> Path:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from smore_cli.atomic import atomic_folder, remove_stale, write_bytes, write_text
+from smore_cli.atomic import atomic_folder, remove_stale, write_bytes, write_text, writing
+from smore_cli.errors import SmoreError
 
 
 def _leave_behind(script: str, folder: Path) -> None:
@@ -130,3 +131,15 @@ def test_only_temporaries_of_dead_local_processes_are_removed(tmp_path: Path) ->
         path.touch()
     remove_stale(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere, users])
+
+
+def test_a_full_disk_is_known_by_the_words_of_a_library_in_rust(tmp_path: Path) -> None:
+    """`tokenizers` raises a plain Exception; the system's own device for full disks makes it."""
+    from tokenizers import Tokenizer, models
+
+    words = r"out could not be written: No space left on device"
+    with pytest.raises(SmoreError, match=words) as stopped, writing(tmp_path / "out"):
+        Tokenizer(models.BPE()).save("/dev/full")
+    assert stopped.value.hint is not None and stopped.value.hint.startswith("make room")
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out"):
+        1 / 0  # noqa: B018

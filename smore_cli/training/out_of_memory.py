@@ -172,7 +172,7 @@ def _would_fit(fitting: list[Fitting]) -> Iterator[str]:
 
 def _how_to_go_on(run: Run, fitting: list[Fitting]) -> str:
     """Returns the command that goes on with the first change that an interrupted run may take."""
-    words = run.environment["command"]
+    words = [word for word in run.environment["command"] if word != "--debug"]
     words = words if words[:1] == ["train"] else ["train", "RECIPE"]
     change = next((change.flags for change in fitting if change.same_run), "")
     if not (run.run_dir / "run.json").exists():
