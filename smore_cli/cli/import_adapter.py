@@ -35,7 +35,7 @@ def import_command(
     from smore_cli.models.originals import import_adapter
 
     done = import_adapter(adapter, out, base=base, centroids=centroids, embedder=embedder)
-    settings = done.config.model_dump(exclude={"method", "target_modules"})
+    settings = done.config.model_dump(exclude={"method", "target_modules", "modules_to_save"})
     known = {key: value for key, value in settings.items() if key not in done.assumed}
     for line in (
         f"imported    {done.adapter} as {done.config.method}",

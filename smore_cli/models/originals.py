@@ -223,7 +223,8 @@ def _converted(adapter: AdapterFolder, tensors: dict[str, Tensor], model: nn.Mod
         renamed["prior.centroids"] = extra.read_centroids()
     elif settings.get("shared_pool"):
         renamed = without_shared_copies(renamed)
-    assumed = {key: getattr(config, key) for key in type(config).model_fields if key not in settings}
+    own = [key for key in type(config).model_fields if key not in MethodConfig.model_fields]  # not of every method
+    assumed = {key: getattr(config, key) for key in own if key not in settings}
     return _Converted(config, renamed, assumed)
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from smore_cli.methods import available_methods, load_method
 from smore_cli.recipe.document import Loc
-from smore_cli.recipe.schema import DataConfig, EvalConfig, LogConfig, TrainConfig
+from smore_cli.recipe.schema import DataConfig, LogConfig, TrainConfig
 
 __all__ = ["idle_settings"]
 
@@ -28,15 +28,11 @@ _COLUMNS = {
 
 def idle_settings(values: dict[str, Any]) -> Found:
     """Yields where each idle setting stands and what to say; the values may have other mistakes."""
-    adapter, data, train, evaluation, log = (
-        part if isinstance(part := values.get(name), dict) else {}
-        for name in ("adapter", "data", "train", "eval", "log")
+    adapter, data, train, log = (
+        part if isinstance(part := values.get(name), dict) else {} for name in ("adapter", "data", "train", "log")
     )
     yield from _without_router(train, adapter.get("method"))
     yield from _data(data)
-    if _is_set(evaluation, "batch_size", EvalConfig) and not data.get("eval") and not data.get("eval_fraction"):
-        message = "'eval.batch_size' is set but nothing is held out: set 'data.eval' or 'data.eval_fraction'"
-        yield (("eval", "batch_size"),), message
     yield from _trackers(log)
 
 

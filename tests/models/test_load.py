@@ -231,10 +231,12 @@ def test_eight_bit_backbone_trains_alike_before_and_after_an_evaluation_and_says
 
 
 _MEASURE = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from smore_cli.models.load import load_backbone
 from smore_cli.recipe.schema import ModelConfig
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not getrusage, whose peak a process inherits from the one that started it.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 load_backbone(ModelConfig(name_or_path=sys.argv[1], dtype="bfloat16"), device=torch.device("cpu"))
 before = peak()
 model = load_backbone(ModelConfig(name_or_path=sys.argv[2], dtype="bfloat16"), device=torch.device("cpu")).model

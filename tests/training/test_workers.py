@@ -57,7 +57,7 @@ def test_batches_come_out_in_order_and_as_they_were_made_from_any_step(setup: Se
 
 def test_what_ends_the_run_does_not_end_its_workers_before_it_is_saved(setup: Setup) -> None:
     steps = setup.batches.from_step(0)
-    next(steps)
+    next(steps), next(steps)  # one of each worker, which both are at work then
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
