@@ -9,6 +9,7 @@ A list of the same rows takes about ten times the memory, and every process woul
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ _ARRAYS = ("tokens", "ends", "heads")
 class _Rows(Sequence[Row]):
     """What both kinds of rows share: slices are lists, and rows are equal where each of them is."""
 
+    @abstractmethod
     def row(self, index: int) -> Row:
-        raise NotImplementedError
+        """Returns one row, counted from 0."""
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
