@@ -20,6 +20,7 @@ not run here: `.ci/run` is made of the first two.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -93,9 +94,11 @@ def shortened(words: list[str]) -> list[str]:
 
 def run(argv: list[str], folder: Path, *, expected: int = 0, stop: str | None = None) -> str:
     """What the command prints; with `stop`, the signal is sent when the first checkpoint stands."""
+    # Python's own view of the environment: readline, which pytest loads, puts COLUMNS=80 into the inherited one.
     process = subprocess.Popen(
-        argv, cwd=folder, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        argv, cwd=folder, env=dict(os.environ), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     try:
         while stop and process.poll() is None and not list(folder.glob("runs/*/checkpoint-1/complete.json")):
             time.sleep(0.05)
