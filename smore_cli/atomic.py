@@ -23,7 +23,7 @@ from smore_cli.errors import SmoreError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["atomic_folder", "nearest_folder", "remove_stale", "write_bytes", "write_text", "writing"]
+__all__ = ["atomic_files", "atomic_folder", "nearest_folder", "remove_stale", "write_bytes", "write_text", "writing"]
 
 _TEMPORARY = re.compile(r"^\..+\.tmp-(?P<pid>\d+)-(?P<host>.+)-[0-9a-f]{8}$")
 
@@ -84,6 +84,29 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def atomic_files(folder: str | Path) -> Iterator[Path]:
+    """Yields an empty temporary folder whose files move into `folder` when the block ends, and vanish when it fails.
+
+    They take the places of files of the same names, one after the other; what else `folder` holds stays.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
+    temporary = _temporary_sibling(folder / "files")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _finish(temporary)
+        for path in sorted(file for file in temporary.rglob("*") if not file.is_dir()):
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(folder)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from smore_cli.atomic import atomic_folder, remove_stale, write_bytes, write_text, writing
+from smore_cli.atomic import atomic_files, atomic_folder, remove_stale, write_bytes, write_text, writing
 from smore_cli.errors import SmoreError
 
 
@@ -143,3 +143,20 @@ def test_a_full_disk_is_known_by_the_words_of_a_library_in_rust(tmp_path: Path) 
     assert stopped.value.hint is not None and stopped.value.hint.startswith("make room")
     with pytest.raises(ZeroDivisionError), writing(tmp_path / "out"):
         1 / 0  # noqa: B018
+
+
+def test_files_come_all_or_none(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with atomic_files(folder) as made:
+        (made / "a").write_text("first")
+    (folder / "mine").write_text("stays")
+    with pytest.raises(OSError, match="full"), atomic_files(folder) as made:
+        (made / "a").write_text("half")
+        raise OSError("the disk is full")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "first", "mine": "stays"}
+    with atomic_files(folder) as made:
+        (made / "below").mkdir()
+        (made / "below" / "b").write_text("second")
+        (made / "a").write_text("third")
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "below", "mine"]
+    assert (folder / "below" / "b").read_text() == "second" and (folder / "a").read_text() == "third"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,6 +72,7 @@ def _train(
     """Trains in this process, which may be one of several."""
     from smore_cli.recipe import read_recipe
 
+    started = time.perf_counter()
     loaded, document = read_recipe(recipe, overrides)
     from smore_cli.cli.console import out
     from smore_cli.training.parallel import ALONE
@@ -96,16 +98,20 @@ def _train(
     )
     if not processes.main:
         return
-    result, seconds = run["result"], run["seconds"]
+    result = run["result"]
     out.print(f"saved     {loaded.output_dir}", highlight=False, markup=False, soft_wrap=True)
     held_out = f", held-out loss {result['eval_loss']:.4f}" if "eval_loss" in result else ""
     out.print(f"result    training loss {result['loss']:.4f}{held_out}", highlight=False, markup=False, soft_wrap=True)
-    out.print(
-        f"time      data {seconds['data']:.1f} s, model {seconds['model']:.1f} s, steps {result['seconds']:.1f} s",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    time_line = _time_line(run["seconds"], time.perf_counter() - started)
+    out.print(f"time      {time_line}", highlight=False, markup=False, soft_wrap=True)
     from smore_cli.planning.compare import comparison_line
 
     out.print(f"memory    {comparison_line(run['memory'])}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _time_line(seconds: dict[str, float], in_all: float) -> str:
+    """Returns where the time of this command went; what is resumed had its own."""
+    named = {"data": "data", "model": "model", "census": "census", "steps": "steps", "prediction": "memory prediction"}
+    parts = [f"{name} {seconds[phase]:.1f} s" for phase, name in named.items() if phase in seconds]
+    rest = max(in_all - sum(seconds[phase] for phase in named if phase in seconds), 0.0)
+    return f"{in_all:.1f} s: {', '.join(parts)}, start-up, evaluation and saving {rest:.1f} s"

@@ -128,13 +128,17 @@ class StreamRows:
         Raises:
             DataError: its row cannot be read, is not of its format or has nothing to learn; names file and line.
         """
+        sources: dict[str, None] = {}  # of the fruitless draws, in their order
         for place in range(number, number + FRUITLESS):
             draw = self._wind(place)
             found = self._tokenised(draw) if isinstance(draw, Draw) else draw
+            if isinstance(draw, Draw):
+                sources[self._data.train[draw.source].path] = None
             if found is not None:
                 self._known[number] = found
                 return found
-        raise DataError(f"{FRUITLESS:,} rows one after another have no token to learn", "raise data.max_length")
+        problem = f"{', '.join(sources)}: {FRUITLESS:,} rows one after another have no token to learn"
+        raise DataError(problem, "raise data.max_length, or see that the rows have answers")
 
     def tokenise(self, numbers: Iterable[int]) -> None:
         """Tokenises several draws at once, which is faster than one by one; what is wrong with one shows at `[...]`."""

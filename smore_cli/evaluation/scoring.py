@@ -19,20 +19,21 @@ import inspect
 import sys
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
 from smore_cli.data.batch import Row, collate
 from smore_cli.errors import DataError
-from smore_cli.models.forward import target_logits
+from smore_cli.models.forward import target_scores
 from smore_cli.nn import AdapterContext
 from smore_cli.nn.prior_hooks import active_prior
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from smore_cli.data.batch import Batch
@@ -136,13 +137,10 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         batch = _with_last_tokens(collate(rows, pad_token_id=pad, mask_dtype=self.model.dtype), rows, last)
         batch = batch.to(self.device)
         with AdapterContext(token_mask=batch.token_mask, aux=False, prompt_mask=batch.prompt_mask):
-            logits = target_logits(self.model, batch).float()  # (n, vocabulary)
-        chosen = logits.gather(1, batch.targets[:, None])[:, 0]
-        logprobs = (chosen - logits.logsumexp(dim=-1)).double().cpu()
-        missed = (logits.argmax(dim=-1) != batch.targets).cpu()
+            logprobs, best = target_scores(self.model, batch, best=True)
         choice = batch.choice.cpu()
-        sums = torch.zeros(len(last), dtype=torch.float64).index_add_(0, choice, logprobs)
-        misses = torch.zeros(len(last), dtype=torch.long).index_add_(0, choice, missed.long())
+        sums = torch.zeros(len(last), dtype=torch.float64).index_add_(0, choice, logprobs.double().cpu())
+        misses = torch.zeros(len(last), dtype=torch.long).index_add_(0, choice, (~cast("Tensor", best)).long().cpu())
         return [(value, count == 0) for value, count in zip(sums.tolist(), misses.tolist(), strict=True)]
 
 

@@ -1,27 +1,28 @@
 """The one place where the backbone is called for log-probabilities, in training and in scoring alike.
 
-The language-model head (vocabulary x width, a fifth of a small model) runs only where a token is learned or scored.
+The language-model head (vocabulary x width, a fifth of a small model) runs only where a token is learned or scored,
+and there in chunks (`chunked_loss`): no more logits exist at a time than one chunk has.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from smore_cli.errors import ModelError
+from smore_cli.models.chunked_loss import Scores, head_scores, scores_of
+from smore_cli.models.logit_rule import logit_rule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from torch import Tensor
 
     from smore_cli.data.batch import Batch
 
-__all__ = ["target_logits", "target_logprobs"]
+__all__ = ["target_logits", "target_logprobs", "target_scores"]
 
 
 def target_logits(model: nn.Module, batch: Batch, **model_kwargs: Any) -> Tensor:
@@ -32,21 +33,80 @@ def target_logits(model: nn.Module, batch: Batch, **model_kwargs: Any) -> Tensor
         batch: on the model's device.
         model_kwargs: passed to the model's forward.
     """
-    with _head_only_at(model, batch.sources):
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=_attention_mask(getattr(model, "module", model), batch),
-            use_cache=False,
-            **model_kwargs,
-        )
-    logits: Tensor = output.logits
+    sources = batch.sources
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (_rows_at(inputs[0], sources)[None],)  # (1, n, d)
+
+    logits: Tensor = _run(model, batch, select, model_kwargs).logits
     return logits.squeeze(0)
 
 
 def target_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns log p(target) at every source, (n,) float32; differentiable."""
-    return -F.cross_entropy(target_logits(model, batch).float(), batch.targets, reduction="none")
+    """Returns log p(target) at every source, (n,), float32 (float64 of a float64 model); differentiable."""
+    return target_scores(model, batch).logprobs
+
+
+def target_scores(model: nn.Module, batch: Batch, *, best: bool = False) -> Scores:
+    """Returns log p(target) at every source and, where asked, whether the target is the most probable token.
+
+    Args:
+        model: a causal language model of transformers, with or without adapters.
+        batch: on the model's device.
+        best: whether to look for the most probable tokens.
+    """
+    head = _head(model)
+    rule = logit_rule(_unwrapped(model))
+    if rule is None:
+        return scores_of(target_logits(model, batch), batch.targets, best=best)
+    found: list[Scores] = []
+
+    def score(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # Inside the model's own forward pass, where a sharded head is whole.
+        rows = _rows_at(inputs[0], batch.sources)
+        on_device = rows.to(next(head.parameters()).device)
+        found.append(head_scores(head, on_device, batch.targets.to(on_device.device), rule, best=best))
+        return (rows[None, :0],)  # and no logits for the model
+
+    _run(model, batch, score, {})
+    return found[0]
+
+
+def _run(model: nn.Module, batch: Batch, at_head: Callable[..., Any], model_kwargs: dict[str, Any]) -> Any:
+    """Calls the model, with `at_head` before its output embedding."""
+    handle = _head(model).register_forward_pre_hook(at_head)
+    try:
+        return model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=_attention_mask(_unwrapped(model), batch),
+            use_cache=False,
+            **model_kwargs,
+        )
+    finally:
+        handle.remove()
+
+
+def _rows_at(hidden: Tensor, sources: Tensor) -> Tensor:
+    """Returns the hidden states (n, d) at `sources`, flat indices into the B*S of `hidden` (B, S, d)."""
+    return hidden.flatten(0, 1).index_select(0, sources.to(hidden.device))  # the last of several GPUs has the head
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    return getattr(model, "module", model)  # DDP holds the model as `module`
+
+
+def _head(model: nn.Module) -> nn.Module:
+    """Returns the output embedding.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    unwrapped = _unwrapped(model)
+    head: nn.Module | None = unwrapped.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(unwrapped).__name__} has no output embedding", "use a causal language model")
+    return head
 
 
 def _attention_mask(model: Any, batch: Batch) -> Tensor | dict[str, Tensor] | None:
@@ -72,23 +132,3 @@ def _attention_mask(model: Any, batch: Batch) -> Tensor | dict[str, Tensor] | No
     if layers == {"sliding_attention"}:
         return windowed
     return {"full_attention": mask, "sliding_attention": windowed} if "sliding_attention" in layers else mask
-
-
-@contextmanager
-def _head_only_at(model: nn.Module, sources: Tensor) -> Iterator[None]:
-    """Makes the output embedding see only the hidden states at `sources` (flat indices into B*S)."""
-    unwrapped: Any = getattr(model, "module", model)  # DDP holds the model as `module`
-    head = unwrapped.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(unwrapped).__name__} has no output embedding", "use a causal language model")
-
-    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0]  # (B, S, d)
-        rows = sources.to(hidden.device)  # of a model on several GPUs the last has the head
-        return (hidden.flatten(0, 1).index_select(0, rows)[None],)  # (1, n, d)
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

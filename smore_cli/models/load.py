@@ -119,7 +119,7 @@ def load_skeleton(config: ModelConfig) -> PreTrainedModel:
     source = find_source(config)
     settings = _read_config(source)
     with quiet(), _one_line(source), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
     return model
 
 

@@ -16,9 +16,11 @@ from smore_cli.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
+
     from smore_cli.recipe.schema import ModelConfig
 
-__all__ = ["device_map_of", "require_no_offload"]
+__all__ = ["device_map_of", "gpus_of", "require_no_offload"]
 
 
 def device_map_of(config: ModelConfig, device: torch.device) -> str | dict[str, torch.device]:
@@ -40,6 +42,18 @@ def device_map_of(config: ModelConfig, device: torch.device) -> str | dict[str, 
         problem = f"model.device_map: auto gives all GPUs to one process, and there are {processes}"
         raise ModelError(problem, "start one process, or remove model.device_map and shard with FSDP")
     return config.device_map
+
+
+def gpus_of(model: nn.Module, device: torch.device) -> list[int]:
+    """Returns the GPUs whose random generators a pass may draw from.
+
+    Args:
+        model: spread over several, or all on one device.
+        device: where its passes begin.
+    """
+    places = {device, *(parameter.device for parameter in model.parameters())}
+    current = torch.cuda.current_device() if torch.device("cuda") in places else 0
+    return sorted({current if place.index is None else place.index for place in places if place.type == "cuda"})
 
 
 def require_no_offload(name: str, device_map: Mapping[str, object] | None) -> None:

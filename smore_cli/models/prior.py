@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CentroidFile", "KMeans", "fit_prior", "read_centroids"]
 
-_LAYOUT = 1  # raise it when the same inputs give other numbers, so that old caches are not taken for new ones
+TOGETHER = 256
+"""Prompts that are embedded between two looks at the clock."""
+REPORT_SECONDS = 15
+
+_LAYOUT = 2  # raise it when the same inputs give other numbers, so that old caches are not taken for new ones
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def fit_prior(
     def embed() -> Tensor:
         fewer = "; adapter.kmeans_max_prompts takes a sample" if len(clustered) > 1000 else ""
         say(f"embedding {len(embedded):,} prompts for the prior, a forward pass each{fewer}")
-        return prior.embedder(model, embedded)
+        return _embedded(model, prior, embedded, say)
 
     embeddings = _kept(key, "embeddings", embed)
     occurrences = [counts[prompt] for prompt in clustered]
@@ -190,6 +195,26 @@ def fit_prior(
         found = hashlib.sha256(f"{key} {prior.clustering!r} {occurrences}".encode()).hexdigest()
         prior.centroids = _kept(found, "centroids", cluster)
     prior.remember(embedded, embeddings)
+
+
+def _embedded(
+    model: nn.Module, prior: SequencePrior, prompts: Sequence[Sequence[int]], say: Callable[[str], None]
+) -> Tensor:
+    """Returns the prompts' vectors, (P, d); where it takes long, says how far it is."""
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # a pass has prompts of similar length
+    vectors: list[Tensor] = [torch.empty(0)] * len(prompts)
+    started = said = time.monotonic()
+    for first in range(0, len(prompts), TOGETHER):
+        some = by_length[first : first + TOGETHER]
+        for i, vector in zip(some, prior.embedder(model, [prompts[i] for i in some]), strict=True):
+            vectors[i] = vector
+        done, now = first + len(some), time.monotonic()
+        if now - said > REPORT_SECONDS and done < len(prompts):
+            said = now
+            tokens = [len(prompts[i]) for i in by_length]
+            left = (now - started) * sum(tokens[done:]) / max(sum(tokens[:done]), 1)
+            say(f"embedded {done:,} of {len(prompts):,} prompts, about {left:,.0f} s left")
+    return torch.stack(vectors)
 
 
 def _kept(key: str, name: str, make: Callable[[], Tensor]) -> Tensor:

@@ -84,7 +84,7 @@ def _four_bit(device: torch.device) -> str:
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn.modules import Linear4bit
 
-        layer: Any = Linear4bit(_SIZE, _SIZE, bias=False, compute_dtype=torch.float32, quant_type="nf4")  # type: ignore[no-untyped-call]
+        layer: Any = Linear4bit(_SIZE, _SIZE, bias=False, compute_dtype=torch.float32, quant_type="nf4")
         layer = layer.to(device)
         weight = dequantize_4bit(layer.weight, layer.weight.quant_state).double()
         _, x = _matrices(device, torch.float32)

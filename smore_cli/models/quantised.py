@@ -34,8 +34,8 @@ def bitsandbytes_config(config: QuantizationConfig | None, dtype: torch.dtype) -
     from transformers import BitsAndBytesConfig
 
     if config.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.type or "nf4",
         bnb_4bit_use_double_quant=config.double_quant is not False,

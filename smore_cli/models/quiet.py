@@ -47,6 +47,6 @@ def _set_bars(shown: bool) -> None:
     from transformers.utils import logging as hf
 
     if shown:
-        hf.enable_progress_bar()  # type: ignore[no-untyped-call]
+        hf.enable_progress_bar()
     else:
-        hf.disable_progress_bar()  # type: ignore[no-untyped-call]
+        hf.disable_progress_bar()

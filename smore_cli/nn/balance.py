@@ -45,14 +45,14 @@ class SwitchBalanceLoss:
     def sums(self, routing: Routing, context: AdapterContext) -> Tensor:
         """Returns (3, s)."""
         probabilities = routing.probabilities
+        weights, tokens = context.weights(probabilities)
+        decisions = (tokens * probabilities.shape[1]).expand(probabilities.shape[-1])
         picked = routing.picked if self.top_k is None else TopK(self.top_k).mask(probabilities)
         if self.fractions == "gate_mass":
-            picks = routing.gates
+            picks = masked_sum(routing.gates, weights)
         else:
-            picks = torch.ones_like(probabilities) if picked is None else picked.to(probabilities.dtype)
-        mask = context.flat_mask(len(probabilities), probabilities.device)
-        rows = (picks, probabilities, torch.ones_like(probabilities))
-        return torch.stack([masked_sum(row, mask) for row in rows])
+            picks = decisions if picked is None else masked_sum(picked.to(weights.dtype), weights)
+        return torch.stack([picks, masked_sum(probabilities, weights), decisions])
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Maps (..., 3, s) to (...); 0 where no decision was counted."""
@@ -98,9 +98,9 @@ class ImportanceLoadLoss:
 
     def sums(self, routing: Routing, context: AdapterContext) -> Tensor:
         """Returns (2, s)."""
-        mask = context.flat_mask(len(routing.gates), routing.gates.device)
+        weights, _ = context.weights(routing.gates)
         load = routing.gates > 0 if routing.smooth_load is None else routing.smooth_load
-        return torch.stack([masked_sum(row, mask) for row in (routing.gates, load.to(routing.gates.dtype))])
+        return torch.stack([masked_sum(row, weights) for row in (routing.gates, load.to(weights.dtype))])
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Maps (..., 2, s) to (...); 0 for a single expert."""
@@ -110,12 +110,15 @@ class ImportanceLoadLoss:
         return self.coefficient * cv_squared.sum(-1)
 
 
-def masked_sum(values: Tensor, mask: Tensor | None) -> Tensor:
+def masked_sum(values: Tensor, weights: Tensor | None) -> Tensor:
     """Sums (N, F, s) over real tokens and parents to (s,).
 
     Args:
         values: one row for every routing decision.
-        mask: (N,) bool, None: every token counts.
+        weights: (N,) 1 on real tokens (bool or a number), None: every token counts.
     """
-    per_token = values.sum(1)  # (N, s)
-    return per_token.sum(0) if mask is None else mask.to(values.dtype) @ per_token
+    n, parents, s = values.shape
+    if weights is None:
+        return values.sum((0, 1))
+    total = weights.to(values.dtype) @ values.reshape(n, parents * s)  # one product, no copy of (N, s)
+    return total if parents == 1 else total.view(parents, s).sum(0)

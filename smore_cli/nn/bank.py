@@ -5,6 +5,8 @@ y = W x + b + scale * B core(A x, g)          g = router(x), or router(A x)
 A (R_a, d_in): the down vectors of all experts, stacked.  B (d_out, R_b): their up vectors, stacked.
 
 x --A--> latent (R_a) --core(., g)--> (R_b) --B--> + y      no loop over experts, no gather: top-k is a mask on g
+
+A router on x has its rows in the same product as A: [h | z] = x [A; R]^T.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from smore_cli.nn.adapted import Adapter, add_projection
+from smore_cli.nn.factored import Factored
 from smore_cli.nn.router import report
+from smore_cli.nn.wide import Down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +47,7 @@ def block(latent: Tensor, gates: Tensor) -> Tensor:
     return (latent.view(len(latent), s, -1) * gates.transpose(1, 2)).flatten(1)  # (N, s, r) * (N, s, 1)
 
 
-class Bank(Adapter):
+class Bank(Factored):
     """Stacked low-rank experts under one router; zero at initialisation because B = 0.
 
     Attributes:
@@ -53,7 +55,6 @@ class Bank(Adapter):
         B: (d_out, R_b).
         router: makes the gates; None: the core is given none.
         core: maps the latent (N, R_a) and the gates (N, G, s) to (N, R_b); a module where it has parameters.
-        scale: multiplies the latent, never the wide output.
         dropout: on the input of A, while training; a router on x sees x without it.
         losses: auxiliary losses of the router.
     """
@@ -89,20 +90,29 @@ class Bank(Adapter):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + scale * B core(A x, g); see `Adapter.forward`."""
-        rows = x.reshape(-1, x.shape[-1])  # (N, d_in)
-        dropped = F.dropout(rows, self.dropout, self.training) if self.dropout > 0 else rows
-        latent = F.linear(dropped, self.A.to(x.dtype))  # (N, R_a)
-        routing: Routing = self.router(rows if self.router_input == "input" else latent)
+    def down(self) -> Down:
+        """A, and the router's rows where it reads x."""
+        exact = (self.router.rows(),) if self.router_input == "input" else ()
+        return Down((self.A,), exact, dropout=self.dropout if self.training else 0.0)
+
+    def middle(self, latent: Tensor) -> Tensor:
+        """Maps A x (N, R_a), with the router's logits beside it where it reads x, to core(A x, gates) (N, R_b)."""
+        if self.router_input == "input":
+            latent, logits = latent.split([len(self.A), latent.shape[1] - len(self.A)], 1)
+            routing = self.router.route(logits)
+        else:
+            routing = self.router(latent)
         routing = replace(routing, latent=latent, owner=self)
         report(routing, self, self.losses)
-        mixed = self.mix(latent, routing)  # (N, R_b)
-        return add_projection(y, mixed * self.scale, self.B)
+        return self.mix(latent, routing)
+
+    def up(self) -> tuple[Tensor, Tensor | None]:
+        """B."""
+        return self.B, None
 
     def mix(self, latent: Tensor, routing: Routing) -> Tensor:
-        """Returns core(latent, gates), (N, R_b), in the latent's dtype."""
-        return self.core(latent, routing.gates.to(latent.dtype))
+        """Returns core(latent, gates), (N, R_b)."""
+        return self.core(latent, routing.gates)
 
     def silent_at_start(self) -> frozenset[str]:
         """While B = 0 only B has a gradient, and the router where a loss of its own reaches it."""

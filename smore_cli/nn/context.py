@@ -21,7 +21,7 @@ from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -123,6 +123,8 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
         documents: (B, S) int64, the number of each token's document, -1 on padding; None: a row is one document.
         places: (D, L) int64, where in B*S the tokens of each document are, -1 beyond its end; given with `documents`.
         entered_by: what made it current, where that was no `with` block but a hook (`prior_hooks`).
+        recomputing: it stands in for the context of a pass whose activations are computed once more: whatever no
+            gradient flows through has been recorded by then, and is not worked out again.
     """
 
     token_mask: Tensor | None = None
@@ -136,7 +138,9 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
     documents: Tensor | None = None
     places: Tensor | None = None
     entered_by: object = field(default=None, repr=False)
-    _tokens: list[Token[AdapterContext | None]] = field(default_factory=list, repr=False)
+    recomputing: bool = False
+    _tokens: list[Token[AdapterContext | None]] = field(default_factory=list, init=False, repr=False)
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # of the mask, once for all layers
 
     @classmethod
     def of(cls, batch: Batch, **fields: Any) -> AdapterContext:
@@ -169,7 +173,30 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
             return None
         if self.token_mask.numel() != num_tokens:
             raise ValueError(f"token_mask has {self.token_mask.numel()} tokens, the hidden states have {num_tokens}")
-        return self.token_mask.reshape(-1).to(device) != 0
+        mask = self.token_mask
+        return cast("Tensor", self._once(("mask", device), lambda: mask.reshape(-1).to(device) != 0))
+
+    def weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns 1 for every real token and 0 for padding, (N,), and how many are real, a scalar.
+
+        Args:
+            like: (N, ...) one entry a token, of whose dtype and device they are.
+        """
+        n, device, dtype = len(like), like.device, like.dtype
+        mask = self.flat_mask(n, device)
+
+        def make() -> tuple[Tensor, Tensor]:
+            found = like.new_ones(n) if mask is None else mask.to(dtype)
+            return found, found.sum()
+
+        return cast("tuple[Tensor, Tensor]", self._once(("weights", n, device, dtype), make))
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Returns what `make` gave for a key at first."""
+        if key not in self._made:
+            with torch.no_grad():
+                self._made[key] = make()
+        return self._made[key]
 
     def by_sequence(self, values: Tensor) -> Tensor:
         """Returns one value a token, (N, ...), sequence by sequence: (D, L, ...), 0 (false) beyond a sequence's end."""
@@ -196,11 +223,16 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
             totals: `statistics()` summed over all forward passes of the step. The value is then the loss of the whole
                 step, and the gradient is the share of it that belongs to this pass. None: this pass is the step.
         """
-        groups: dict[tuple[Hashable, torch.Size], list[Tensor]] = defaultdict(list)
+        groups: dict[tuple[Hashable, torch.Size], list[int]] = defaultdict(list)
         for i, record in enumerate(self.records):
-            sums = record.sums if totals is None else totals[i] + (record.sums - record.sums.detach())
-            groups[record.loss, sums.shape].append(sums.to(self.records[0].sums.device))  # of layers on several GPUs
-        losses = [loss(torch.stack(sums)).sum() for (loss, _), sums in groups.items()]  # type: ignore[operator]
+            groups[record.loss, record.sums.shape].append(i)
+        device = self.records[0].sums.device if self.records else None  # layers may be on several GPUs
+        losses = []
+        for (loss, _), members in groups.items():
+            sums = torch.stack([self.records[i].sums.to(device) for i in members])  # (R, k, s)
+            if totals is not None:
+                sums = torch.stack([totals[i].to(device) for i in members]) + (sums - sums.detach())
+            losses.append(loss(sums).sum())  # type: ignore[operator]
         return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
@@ -219,5 +251,5 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[object], AbstractConte
     gets the same inputs and record lists of its own that are thrown away.
     """
     context = current_context() or AdapterContext(aux=False)  # a backward pass may run inside another pass's context
-    again = replace(context, observe=None, records=[], loads=[], _tokens=[])
+    again = replace(context, observe=None, records=[], loads=[], recomputing=True)
     return nullcontext(), again

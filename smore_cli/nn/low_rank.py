@@ -3,7 +3,7 @@
     LoRA    y = W x + b + s B A x                          A: (r, d_in)   B: (d_out, r)
     DoRA    y = rho (W x + s B A x) + b                    rho = m / ||W + s B A||, row by row, m: (d_out,)
 
-The scale multiplies the r numbers of the latent, never the wide output.
+The scale costs nothing: it is a factor of the product with B.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smore_cli.nn.adapted import Adapter, add_projection, dense_weight
+from smore_cli.nn.adapted import add_projection, dense_weight
+from smore_cli.nn.factored import Factored
+from smore_cli.nn.wide import Down
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -23,13 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["LowRank", "WeightDecomposed"]
 
 
-class LowRank(Adapter):
+class LowRank(Factored):
     """B A x scaled, zero at initialisation.
 
     Attributes:
         lora_A: (r, d_in) down-projection.
         lora_B: (d_out, r) up-projection.
-        scale: factor on the r numbers of the latent, never on the wide output.
         dropout: probability of dropping an element of x before A, while training.
     """
 
@@ -52,9 +53,17 @@ class LowRank(Adapter):
         """While B = 0, A has no gradient."""
         return frozenset({"lora_A"})
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + scale * B A x; see `Adapter.forward`."""
-        return add_projection(y, self.latent(self.dropped(x)), self.lora_B)
+    def down(self) -> Down:
+        """A."""
+        return Down((self.lora_A,), dropout=self.dropout if self.training else 0.0)
+
+    def middle(self, latent: Tensor) -> Tensor:
+        """Nothing stands between A and B."""
+        return latent
+
+    def up(self) -> tuple[Tensor, Tensor | None]:
+        """B."""
+        return self.lora_B, None
 
     def dropped(self, x: Tensor) -> Tensor:
         """Returns x with elements dropped, while training."""

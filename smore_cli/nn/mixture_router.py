@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
 from smore_cli.nn.router import Router, Routing
 
@@ -37,12 +36,17 @@ class MixtureRouter(Router):
         super().__init__(features, num_experts, groups=num_routers, select=select)
         self.main = Router(features, num_routers) if num_routers > 1 else None
 
-    def forward(self, features: Tensor) -> Routing:
-        """Routes (N, d) features."""
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
-            votes = F.linear(features, self.weight).view(-1, self.groups, self.num_experts).softmax(-1)  # (N, K, s)
-            probabilities = votes if self.main is None else self.main(features).probabilities @ votes  # (N, 1, s)
-            gates, picked = self.select(probabilities)
-            logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+    def rows(self) -> Tensor:
+        """The sub-routers' rows, then those of the main router."""
+        return self.weight if self.main is None else torch.cat([self.weight, self.main.weight])
+
+    def route(self, logits: Tensor) -> Routing:
+        """Routes by the logits of all routers, (N, K s + K), or (N, s) where there is one."""
+        votes = logits[:, : len(self.weight)].unflatten(1, (self.groups, self.num_experts)).softmax(-1)  # (N, K, s)
+        if self.main is None:
+            probabilities = votes
+        else:
+            probabilities = self.main.route(logits[:, len(self.weight) :]).probabilities @ votes  # (N, 1, s)
+        gates, picked = self.select(probabilities)
+        logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
         return Routing(logits, probabilities, gates, picked)

@@ -60,14 +60,14 @@ class PriorRouter(Router):
         self.token_scale, self.prior_scale, self.sharpness = token_scale, prior_scale, sharpness
         self.on_missing = on_missing
 
-    def forward(self, features: Tensor) -> Routing:
-        """Routes (N, d) features: rows of equal length one after another, each a sequence or a pack of documents."""
-        routing = super().forward(features)
+    def route(self, logits: Tensor) -> Routing:
+        """Routes (N, K) logits: rows of equal length one after another, each a sequence or a pack of documents."""
+        routing = super().route(logits)
         mix, scale = torch.sigmoid(self.sharpness * self.omega), torch.sigmoid(self.sharpness * self.g)
         gates = self.token_scale * mix * routing.probabilities  # (N, 1, K)
-        if (prior := self._prior(len(features), gates)) is not None:
+        if (prior := self._prior(len(logits), gates)) is not None:
             share = self.prior_scale * (1 - mix) * prior  # (B, K); constant over a row, so never made for a token
-            if (documents := _documents(len(features))) is None:
+            if (documents := _documents(len(logits))) is None:
                 gates = (gates.view(len(prior), -1, self.num_experts) + share[:, None]).view_as(gates)
             else:  # padding takes that of the first document, which nothing sees
                 gates = gates + share[documents.to(share.device).clamp_min(0)][:, None]
@@ -103,8 +103,8 @@ HINT = "call the whole model on token ids, or give AdapterContext(prior=...), or
 class PriorBank(Bank):
     """A bank under a `PriorRouter`: the prior of a batch is for this batch, never stretched over another."""
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + update; see `Bank.forward`.
+    def check(self, x: Tensor) -> None:
+        """Refuses an input of another batch.
 
         Raises:
             AdapterError: the prior is for another number of sequences than x (B, S, d_in) has.
@@ -114,7 +114,6 @@ class PriorBank(Bank):
             rows = len(context.prior) if context.documents is None else len(context.documents)
             if len(x) != rows:
                 raise AdapterError(f"a prior for {rows} sequences met a batch of {len(x)}", HINT)
-        return super().forward(x, y)
 
 
 class Embedder(Protocol):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -31,11 +32,11 @@ from smore_cli.nn.context import AdapterContext, current_context
 from smore_cli.nn.prior import HINT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from smore_cli.nn.prior import SequencePrior
 
-__all__ = ["active_prior", "install_prior", "priors_of", "remove_prior", "select_prior"]
+__all__ = ["active_prior", "install_prior", "priors_of", "remove_prior", "select_prior", "without_prior"]
 
 _ATTRIBUTE = "_smore_priors"
 _CACHES = ("past_key_values", "cache_params")
@@ -65,6 +66,18 @@ def select_prior(model: nn.Module, name: str | None) -> None:
     """Uses the prior of the adapter `name`; None, or one that has no prior: none."""
     if (priors := _priors(model)) is not None:
         priors.active = name
+
+
+@contextmanager
+def without_prior(model: nn.Module) -> Iterator[None]:
+    """Inside: a pass through the model looks for no prior."""
+    priors = _priors(model)
+    active = None if priors is None else priors.active
+    select_prior(model, None)
+    try:
+        yield
+    finally:
+        select_prior(model, active)
 
 
 def priors_of(model: nn.Module) -> Mapping[str, SequencePrior]:
@@ -141,7 +154,7 @@ class _Priors:
             return
         outer = self.caller()
         found = self._find(model, prior, outer, _named(model, args, kwargs))
-        replace(outer, prior=found, entered_by=self, _tokens=[]).__enter__()
+        replace(outer, prior=found, entered_by=self).__enter__()
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After it: leaves that context, and remembers which prior the cache was filled with."""

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from smore_cli.nn.balance import masked_sum
 from smore_cli.nn.context import AuxLoss, ExpertLoad, RoutingRecord, RoutingTrace, current_context
 from smore_cli.nn.selection import All
+from smore_cli.nn.wide import without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,11 +99,19 @@ class Router(nn.Module):
 
     def forward(self, features: Tensor) -> Routing:
         """Routes (N, d) features; everything is computed in float32 or wider."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
-            logits = F.linear(features, self.weight).view(-1, self.groups, self.num_experts)
-            probabilities = torch.softmax(logits, -1)
-            gates, picked = self.select(probabilities)
+            return self.route(F.linear(features, self.rows()))
+
+    def rows(self) -> Tensor:
+        """Returns all that is applied to the features, (R, d): an adapter may do it beside its own, in float32."""
+        return self.weight
+
+    def route(self, logits: Tensor) -> Routing:
+        """Routes by what `rows` gave for the features, (N, R), float32 or wider."""
+        logits = logits.unflatten(1, (self.groups, self.num_experts))
+        probabilities = torch.softmax(logits, -1)
+        gates, picked = self.select(probabilities)
         return Routing(logits, probabilities, gates, picked)
 
 
@@ -129,7 +138,8 @@ def report(
     with torch.autocast(routing.gates.device.type, enabled=False):  # a half-precision sum cannot count to 2049
         for loss in losses:
             context.records.append(RoutingRecord(owner, level, loss.sums(routing, context), loss))
-        context.loads.append(_load(routing, owner, level, context, pooled))
+        if not context.recomputing:
+            context.loads.append(_load(routing, owner, level, context, pooled))
 
 
 @torch.no_grad()
@@ -137,10 +147,10 @@ def _load(routing: Routing, owner: nn.Module, level: int, context: AdapterContex
     """Counts how busy the experts were."""
     used = routing.gates.abs() if routing.picked is None else routing.picked.to(routing.gates.dtype)
     n, groups, s = used.shape
-    mask = context.flat_mask(n, used.device)
-    tokens = torch.full((), n, device=used.device) if mask is None else mask.sum()
+    weights, tokens = context.weights(used)
     dense = routing.picked is None
     if pooled or groups == 1:
-        return ExpertLoad(owner, level, masked_sum(used.detach(), mask), tokens * groups, dense)
-    load = masked_sum(used.detach().reshape(n, 1, groups * s), mask).view(groups, s)
+        decisions = tokens if groups == 1 else tokens * groups
+        return ExpertLoad(owner, level, masked_sum(used, weights), decisions, dense)
+    load = masked_sum(used.reshape(n, 1, groups * s), weights).view(groups, s)
     return ExpertLoad(owner, level, load, tokens, dense)

@@ -13,9 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional as F
 
-from smore_cli.nn.adapted import add_projection
 from smore_cli.nn.bank import BLOCK_EXPERTS, Bank
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from smore_cli.nn.router import Router, RouterLoss
+    from smore_cli.nn.wide import Down
 
 __all__ = ["SegmentBank", "svd_segments"]
 
@@ -88,11 +87,19 @@ class SegmentBank(Bank):
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + the experts' update - the part of W they started from; see `Adapter.forward`."""
-        start = F.linear(x.reshape(-1, x.shape[-1]), self.A0.to(x.dtype))  # (N, s r)
-        y = add_projection(y, start * (-self.scale / self.router.num_experts), self.B0)
-        return super().forward(x, y)
+    def down(self) -> Down:
+        """A, the router's rows, and A0, which sees x without dropout."""
+        down = super().down()
+        return down._replace(exact=(*down.exact, self.A0))
+
+    def middle(self, latent: Tensor) -> Tensor:
+        """Maps [A x | logits | A0 x] to [core(A x, gates) | -A0 x / s], (N, 2 s r)."""
+        own, start = latent.split([latent.shape[1] - len(self.A0), len(self.A0)], 1)
+        return torch.cat([super().middle(own), start / -self.router.num_experts], 1)
+
+    def up(self) -> tuple[Tensor, Tensor | None]:
+        """[B | B0]."""
+        return torch.cat([self.B, self.B0], 1), None
 
     def silent_at_start(self) -> frozenset[str]:
         """Nothing, as A and B are not zero; but the gate of a single expert is always 1."""

@@ -8,7 +8,7 @@ section 2.2). A token that comes too late keeps its pick but gets the gate 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from smore_cli.nn.balance import masked_sum
 from smore_cli.nn.context import current_context
 from smore_cli.nn.router import Router, Routing
+from smore_cli.nn.wide import without_autocast
 
 if TYPE_CHECKING:
     from smore_cli.nn.context import AdapterContext
@@ -56,18 +57,22 @@ class SwitchRouter(Router):
     def forward(self, features: Tensor) -> Routing:
         """Routes (..., S, d) features; everything is computed in float32 or wider."""
         length = features.shape[-2] if features.dim() > 1 else 1
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             if self.training and self.jitter > 0:
                 features = features * torch.empty_like(features).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits = F.linear(features, self.weight).view(-1, self.groups, self.num_experts) / self.temperature
-            probabilities = torch.softmax(logits, -1)
-            gates, picked = self.select(probabilities)
-        if self.training and self.capacity is not None and picked is not None:
-            context = current_context()
-            real = None if context is None else context.flat_mask(len(picked), picked.device)
-            gates = gates * within_capacity(picked, real, length=length, capacity=self.capacity, context=context)
-        return Routing(logits, probabilities, gates, picked)
+            logits = F.linear(features.flatten(0, -2), self.rows())
+            return self._bounded(self.route(logits / self.temperature), length)
+
+    def _bounded(self, routing: Routing, length: int) -> Routing:
+        """Takes the tokens that come too late out of the gates; `length` is that of a row."""
+        picked = routing.picked
+        if not self.training or self.capacity is None or picked is None:
+            return routing
+        context = current_context()
+        real = None if context is None else context.flat_mask(len(picked), picked.device)
+        within = within_capacity(picked, real, length=length, capacity=self.capacity, context=context)
+        return replace(routing, gates=routing.gates * within)
 
 
 def within_capacity(

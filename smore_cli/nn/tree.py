@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from smore_cli.nn.adapted import Adapter, add_projection
-from smore_cli.nn.tree_router import Activation, Picks, TreeRouter, activation_module
+from smore_cli.nn.factored import Factored
+from smore_cli.nn.tree_recompute import recomputed
+from smore_cli.nn.tree_router import Activation, Choice, Picks, TreeRouter, activation_module
+from smore_cli.nn.tree_states import gated_sum, leaf_sum, node_sum
+from smore_cli.nn.wide import Down
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +41,7 @@ ActivationPosition = Literal["all", "child_v2", "child"]
 Initialisation = Literal["w_final_zero", "eq_1_layer", "b_zero", "bw_zero", "normal"]
 
 
-class Tree(Adapter):
+class Tree(Factored):
     """S'MoRE's update of one linear map.
 
     Attributes:
@@ -49,6 +51,7 @@ class Tree(Adapter):
         P, p: (d_out, d_L), (d_out) final projection.
         act: activation of each level.
         router: picks the tree.
+        core_names: of the parameters that `core` computes with.
     """
 
     up_projections = frozenset({"P"})  # B and W map between widths of the tree
@@ -69,8 +72,9 @@ class Tree(Adapter):
         init: Initialisation,
     ) -> None:
         super().__init__()
-        self.num_experts, self.rank, self.scale = list(num_experts), list(rank), list(scale)
-        self.activation_position, self.shared_pool, self.init = activation_position, shared_pool, init
+        self.num_experts, self.rank, self.level_scale = list(num_experts), list(rank), list(scale)
+        self.activation, self.activation_position = activation, activation_position
+        self.shared_pool, self.init = shared_pool, init
         self.widths = _state_widths(num_experts, rank, shared_pool)  # d_0 .. d_L
         pools = [0] if shared_pool else range(len(rank))
         shape = [(num_experts[l], rank[l], self.widths[l + 1]) for l in pools]
@@ -84,6 +88,8 @@ class Tree(Adapter):
         self.p = nn.Parameter(torch.empty(d_out))
         self.act = nn.ModuleList(activation_module(activation) for _ in rank)
         self.router = router
+        wide = {id(p) for p in (*self.A, *self.a, self.P, self.p, self.router.down.weight)}
+        self.core_names = [name for name, parameter in self.named_parameters() if id(parameter) not in wide]
         self.expert_axes = {f"{name}.{l}": (l, 0) for l in pools if not shared_pool for name in "AaBb"}
         self.reset_parameters()
 
@@ -141,54 +147,70 @@ class Tree(Adapter):
             for W in self.W:
                 W.copy_(torch.eye(W.shape[0])[:, -W.shape[1] :])  # the bottom d_l rows are the identity
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + P x_L + p; see `Adapter.forward`."""
-        rows = x.reshape(-1, x.shape[-1])  # (N, d_in)
-        latents, x_down = self._down(rows)
-        with torch.autocast(x.device.type, enabled=False):  # routing and its statistics stay in float32
-            picks = self.router(x_down, self)
-        return add_projection(y, self._propagate(latents, picks), self.P, self.p)
+    def down(self) -> Down:
+        """The A_l and a_l of all pools, and D, which is the router's: R = sum_l s_l r_l + d_down rows."""
+        return Down(
+            tuple(A.flatten(0, 1) for A in self.A), (self.router.down.weight,), tuple(a.flatten() for a in self.a)
+        )
 
-    def _down(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The one GEMM over d_in: latents (N, s_l, r_l) of every pool, and x_down (N, d_down) in float32 or wider."""
-        D = self.router.down
-        weight = torch.cat([*(A.flatten(0, 1) for A in self.A), D.weight]).to(rows.dtype)
-        bias = torch.cat([*(a.flatten() for a in self.a), D.bias]).to(rows.dtype)
-        out = F.linear(rows, weight, bias)  # (N, sum_l s_l r_l + d_down)
-        *latents, x_down = torch.split(out, [*(a.numel() for a in self.a), D.out_features], dim=1)
+    def up(self) -> tuple[Tensor, Tensor]:
+        """P, p."""
+        return self.P, self.p
+
+    def middle(self, latent: Tensor) -> Tensor:
+        """Routes and walks up the tree: everything between the two wide products.
+
+        Args:
+            latent: (N, R); only this and what was picked are kept for the backward pass.
+
+        Returns:
+            (N, d_L) the root's state x_L.
+        """
+        state, picks = recomputed(self, latent, self.core_names)
+        self.router.report(picks, self)
+        return state
+
+    def core(self, latent: Tensor, again: Sequence[Choice] | None = None) -> tuple[Tensor, list[Picks]]:
+        """Returns x_L, (N, d_L), and the picks, from latents (N, R); with `again` picks as before."""
+        *latents, x_down = latent.split([*(a.numel() for a in self.a), self.router.down.out_features], dim=1)
+        picks = self.router(x_down + self.router.down.bias, again)
         pools = [h.view(-1, *a.shape) for h, a in zip(latents, self.a, strict=True)]
-        return pools, x_down.to(torch.promote_types(x_down.dtype, torch.float32))
-
-    def _experts(self, level: int, latent: Tensor) -> Tensor:
-        """e_n for every expert of a level, (N, s, d_{l+1}), from latents (N, s, r)."""
-        pool = 0 if self.shared_pool else level
-        B, b = self.B[pool].to(latent.dtype), self.b[pool].to(latent.dtype)
-        out = torch.baddbmm(b[:, None], latent.transpose(0, 1), B.transpose(1, 2))  # (s, N, d)
-        return out.transpose(0, 1) * self.scale[level]
+        return self._propagate(pools, picks), picks
 
     def _propagate(self, latents: list[Tensor], picks: list[Picks]) -> Tensor:
-        """Leaves to root: the state x_L, (N, d_L)."""
-        gate_everything = self.activation_position != "child"
-        act_outside = self.activation_position == "all"
+        """Leaves to root: the state x_L, (N, d_L), from latents (N, s, r) of each pool."""
+        dtype = latents[0].dtype
         state: Tensor | None = None
+        W: Tensor | None = None
         for l, picked in enumerate(picks):
-            experts = self._experts(l, latents[0 if self.shared_pool else l])  # (N, s, d)
-            weights = picked.weights.to(experts.dtype)  # (N, F, f)
+            pool = 0 if self.shared_pool else l
+            latent, B, bias = latents[pool], self.B[pool].to(dtype), self.b[pool].to(dtype)
+            if self.level_scale[l] != 1:
+                B, bias = B * self.level_scale[l], bias * self.level_scale[l]
+            if state is not None:
+                W = self.W[l - 1].to(dtype)
+                if self.activation_position != "child":  # gates sum the bias up with the rest
+                    bias = bias + self.w[l - 1].to(dtype)
             act = self.act[l]
-            if state is None:  # leaves: no child state, so a parent is a weighted sum over experts
-                state = picked.gates.to(experts.dtype) @ (act(experts) if act_outside else experts)  # (N, F, d)
-                continue
-            children = state if act_outside else act(state)
-            carried = F.linear(children, self.W[l - 1].to(children.dtype), self.w[l - 1].to(children.dtype))
-            carried = carried.view(*weights.shape, -1)  # (N, F, f, d): the children of each parent
-            own = picked.gather(experts)
-            summand = act(own + carried) if act_outside else own + carried
-            if gate_everything:
-                state = (weights.unsqueeze(-2) @ summand).squeeze(-2)
+            if self.activation_position != "all":
+                carried = None if state is None else self._carried(act(state), picked)
+                new = gated_sum(latent, picked, B, bias, carried, W)
+                if self.activation_position == "child" and l > 0:
+                    new = new + len(picked.chosen) * self.w[l - 1].to(dtype)
+                state = new
+            elif state is None and picked.chosen[..., 0].numel() > self.num_experts[l]:
+                state = leaf_sum(latent, picked, B, bias, act)
             else:
-                state = (weights.unsqueeze(-2) @ own).squeeze(-2) + carried.sum(2)
+                slope = act.weight.to(dtype) if isinstance(act, nn.PReLU) else None
+                state = node_sum(latent, picked, B, bias, state, W, self.activation, slope)
         assert state is not None  # a tree has at least one level
-        return state.squeeze(1)  # one root
+        return state
+
+    def _carried(self, children: Tensor, picked: Picks) -> Tensor:
+        """Sums the activated states of the children, (f_l, .., N, d) to (f_{l+1}, .., N, d)."""
+        if self.activation_position == "child":
+            return children.sum(0)
+        return (children * picked.alpha.to(children.dtype).unsqueeze(-1)).sum(0)
 
 
 def _state_widths(num_experts: Sequence[int], rank: Sequence[int], shared_pool: bool) -> list[int]:

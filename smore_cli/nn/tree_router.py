@@ -5,22 +5,27 @@ For a parent reached by the path (n_{L-1}, ..., n_{l+1}) and an expert n of pool
     u   = [D x + delta; key(n_{L-1}); ...; key(n_{l+1})]        the token, then its chosen ancestors
     z_n = <key_n, MLP_l(u)>                                     children: the f_l largest z
 
-The first layer of MLP_l is linear in u, so it is never given the concatenation: the part of D x is one small product,
-and what each possible ancestor contributes is a table of s rows, added by a one-hot product (a gather whose backward
-pass is deterministic on every device).
+The first layer of MLP_l is linear in u, so it is never given the concatenation: the part of D x is one product for all
+levels together, and what each possible ancestor contributes is a table of s rows. The second layer and the keys are one
+product too, z = (K W_2) act(.) + K b_2, unless both are normalised in between (`cosine`).
+
+Everything of a level is laid out (experts or children, f_{l+1}, ..., f_{L-1}, N): tokens innermost, the path of the
+parent before them. A softmax over experts is then a sum of contiguous rows, and what belongs to the token alone is
+broadcast over its nodes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smore_cli.nn.balance import ImportanceLoadLoss, SwitchBalanceLoss
+from smore_cli.nn.context import current_context
 from smore_cli.nn.router import Routing, report
 
 if TYPE_CHECKING:
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
     from smore_cli.nn.router import RouterLoss
 
-__all__ = ["Activation", "Gate", "GateWeights", "Picks", "TreeRouter", "activation_module"]
+__all__ = ["Activation", "Choice", "Gate", "GateWeights", "Picks", "TreeRouter", "activation_module", "one_hot_rows"]
 
 Gate = Literal["dense", "switch", "noisy_topk"]
 GateWeights = Literal["released", "selected", "pool"]
@@ -57,42 +62,79 @@ def activation_module(name: Activation) -> nn.Module:
     return modules[name]()
 
 
+class Choice(NamedTuple):
+    """What a level's router decided: all that must be known to compute its weights again.
+
+    Attributes:
+        chosen: (f, f_{l+1}, ..., f_{L-1}, N) int64 which expert each child is.
+        noise: (s, f_{l+1}, ..., f_{L-1}, N) the draws of a noisy gate in training.
+    """
+
+    chosen: Tensor
+    noise: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Picks:
     """The children of every parent of one level; F = F_{l+1} parents, f children each, s experts.
 
     Attributes:
-        one_hot: (N, F, f, s) which expert each child is; None for a dense gate, whose children are all experts in
-        order. weights: (N, F, f) alpha, the weight of each child.
+        choice: which they are.
+        alpha: (f, f_{l+1}, ..., f_{L-1}, N) the weight of each.
+        logits, probabilities: (s, f_{l+1}, ..., f_{L-1}, N) scores (noise included) and their softmax.
+        smooth_load: same shape, how likely each expert was to be picked, of a noisy gate in training.
     """
 
-    one_hot: Tensor | None
-    weights: Tensor
+    choice: Choice
+    alpha: Tensor
+    logits: Tensor
+    probabilities: Tensor
+    smooth_load: Tensor | None = None
+
+    @property
+    def chosen(self) -> Tensor:
+        """(f, f_{l+1}, ..., f_{L-1}, N) int64 which expert each child is."""
+        return self.choice.chosen
+
+    @property
+    def ids(self) -> Tensor:
+        """(N, F, f) int64, which expert each child is; the parents in order of their path, the root's child first."""
+        return _by_token(self.chosen)
+
+    @property
+    def weights(self) -> Tensor:
+        """(N, F, f) alpha, the weight of each child."""
+        return _by_token(self.alpha)
 
     @property
     def gates(self) -> Tensor:
         """(N, F, s) the weights laid out by expert, 0 where one was not picked."""
-        if self.one_hot is None:
-            return self.weights
-        return (self.weights.unsqueeze(-2) @ self.one_hot).squeeze(-2)
+        return _by_token(self.spread(self.alpha))
 
-    @property
-    def ids(self) -> Tensor:
-        """(N, F, f) int64, which expert each child is."""
-        if self.one_hot is None:
-            return torch.arange(self.weights.shape[-1], device=self.weights.device).expand(self.weights.shape)
-        return self.one_hot.argmax(-1)
+    def spread(self, values: Tensor) -> Tensor:
+        """Lays one value a child out by expert, (s, f_{l+1}, ..., f_{L-1}, N), 0 where one was not picked."""
+        return torch.zeros_like(self.logits, dtype=values.dtype).scatter(0, self.chosen, values)
 
-    def gather(self, per_expert: Tensor) -> Tensor:
-        """Picks rows (N, F, f, c) for the children out of one row an expert, (N, s, c) or a table (s, c)."""
-        n, parents, children = self.weights.shape
-        if self.one_hot is None:
-            rows = per_expert if per_expert.dim() == 2 else per_expert[:, None]
-            return rows.expand(n, parents, children, per_expert.shape[-1])
-        if per_expert.dim() == 2:
-            return self.one_hot @ per_expert
-        flat = self.one_hot.flatten(1, 2).to(per_expert.dtype)  # (N, F f, s)
-        return (flat @ per_expert).view(n, parents, children, per_expert.shape[-1])
+    def routing(self, owner: nn.Module, *, dense: bool) -> Routing:
+        """Returns what is reported of this level."""
+        picked = None
+        if not dense:
+            picked = _by_token(torch.zeros_like(self.logits, dtype=torch.bool).scatter_(0, self.chosen, True))
+        smooth = None if self.smooth_load is None else _by_token(self.smooth_load)
+        return Routing(
+            _by_token(self.logits), _by_token(self.probabilities), self.gates, picked, owner=owner, smooth_load=smooth
+        )
+
+
+def one_hot_rows(ids: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Returns (ids.numel(), num_experts): a product with it is a gather whose gradient is a product as well."""
+    return torch.eye(num_experts, dtype=dtype, device=ids.device).index_select(0, ids.flatten())
+
+
+def _by_token(values: Tensor) -> Tensor:
+    """Lays (c, f_{l+1}, ..., f_{L-1}, N) out as (N, F, c)."""
+    turned = values.permute(*reversed(range(values.dim())))
+    return turned.reshape(len(turned), -1, turned.shape[-1])
 
 
 class LevelRouter(nn.Module):
@@ -117,11 +159,30 @@ class LevelRouter(nn.Module):
         weight = cast("Tensor", self.mlp[0].weight)
         return weight if self.noise is None else torch.cat([weight, self.noise])
 
-    def queries(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Splits u's products (..., m + s or m) into the query (..., m) and the noise scale (..., s) or None."""
+    def input_bias(self) -> Tensor:
+        """Returns (m + s or m,), what is added to these products; noise has none."""
+        bias = cast("Tensor", self.mlp[0].bias)
+        return bias if self.noise is None else F.pad(bias, (0, len(self.noise)))
+
+    def scores(self, pre: Tensor, unit_keys: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Turns u's products into the scores of all experts.
+
+        Args:
+            pre: (..., N, m + s or m).
+            unit_keys: (s, m) keys of length one, to compare with queries of length one; None: a plain product.
+
+        Returns:
+            (s, ..., N) scores, and as many noise scales or None.
+        """
         m = self.keys.shape[1]
-        query = self.mlp[2](self.mlp[1](pre[..., :m] + cast("Tensor", self.mlp[0].bias)))
-        return query, None if self.noise is None else F.softplus(pre[..., m:]) + NOISE_FLOOR
+        hidden = self.mlp[1](pre[..., :m]).flatten(0, -2)
+        last = cast("nn.Linear", self.mlp[2])
+        if unit_keys is None:
+            logits = torch.addmm((self.keys @ last.bias)[:, None], self.keys @ last.weight, hidden.t())
+        else:
+            logits = unit_keys @ F.normalize(last(hidden), dim=-1).t()
+        scale = None if self.noise is None else F.softplus(pre[..., m:].movedim(-1, 0)) + NOISE_FLOOR
+        return logits.view(-1, *pre.shape[:-1]), scale
 
 
 class TreeRouter(nn.Module):
@@ -156,32 +217,46 @@ class TreeRouter(nn.Module):
             for level, s in enumerate(num_experts)
         )
 
-    def forward(self, x_down: Tensor, owner: nn.Module) -> list[Picks]:
-        """Returns the picks of every level, index 0 = leaves.
+    def forward(self, x_down: Tensor, again: Sequence[Choice] | None = None) -> list[Picks]:
+        """Walks down the tree and returns the picks of every level, index 0 = leaves.
 
         Args:
             x_down: (N, d_down) the token's part of the router input, D x + delta; at least float32.
-            owner: the adapter, named in the routing records.
+            again: what was picked before for the same tokens: nothing is picked or drawn anew, only weighted.
         """
-        width = x_down.shape[1]
-        # What is known of u's products so far, for each level not routed yet: (N, F, m + s or m).
-        pre = [F.linear(x_down, level.input_weight()[:, :width])[:, None] for level in self._levels()]
+        levels, width = cast("list[LevelRouter]", list(self.levels)), x_down.shape[1]
+        # Columns of a level's first products: of the token, then of the key of each ancestor, the root's child first.
+        columns = [width, *(level.keys.shape[1] for level in reversed(levels))]
+        weights = [level.input_weight().split(columns[: len(levels) - l], dim=1) for l, level in enumerate(levels)]
+        # What is known of u's products so far, for each level not routed yet: (f_{l+1}, .., N, m + s or m).
+        own = F.linear(x_down, torch.cat([w[0] for w in weights]), torch.cat([level.input_bias() for level in levels]))
+        pre = list(own.split([len(w[0]) for w in weights], dim=1))
         picks: list[Picks] = []
-        column = width  # where in u the key of the level being routed will stand
-        for l in reversed(range(len(self.levels))):
-            level = self._levels()[l]
-            keys = F.normalize(level.keys, dim=-1) if self.score == "cosine" else level.keys
-            query, noise_scale = level.queries(pre[l])
-            if self.score == "cosine":
-                query = F.normalize(query, dim=-1)
-            logits = query @ keys.t()  # (N, F, s)
-            picked = self._pick(l, logits, noise_scale, owner)
+        for depth, l in enumerate(reversed(range(len(levels))), start=1):
+            unit_keys = F.normalize(levels[l].keys, dim=-1) if self.score == "cosine" else None
+            logits, noise_scale = levels[l].scores(pre[l], unit_keys)
+            picked = self._pick(l, logits, noise_scale, None if again is None else again[l])
             picks.insert(0, picked)
             for below in range(l):
-                table = keys @ self._levels()[below].input_weight()[:, column : column + keys.shape[1]].t()  # (s, ...)
-                pre[below] = (pre[below][:, :, None] + picked.gather(table)).flatten(1, 2)
-            column += keys.shape[1]
+                table = (levels[l].keys if unit_keys is None else unit_keys) @ weights[below][depth].t()  # (s, ..)
+                known = one_hot_rows(picked.chosen, len(table), table.dtype) @ table
+                pre[below] = pre[below] + known.view(*picked.chosen.shape, -1)
         return picks
+
+    def report(self, picks: Sequence[Picks], owner: nn.Module) -> None:
+        """Tells the current context of every level, the root's children first; `owner` is the adapter."""
+        context = current_context()
+        if context is None or not (context.aux or context.observe is not None):
+            return
+        losses: list[RouterLoss] = []
+        if self.gate != "dense":
+            kind = ImportanceLoadLoss if self.gate == "noisy_topk" else SwitchBalanceLoss
+            losses = [kind(self.aux_coefficient)]
+        # What is only observed saves no tensor: a checkpoint's recomputation, which nobody observes, saves none either.
+        with torch.set_grad_enabled(context.aux and torch.is_grad_enabled()):
+            for level in reversed(range(len(picks))):
+                routing = picks[level].routing(owner, dense=self.gate == "dense")
+                report(routing, owner, losses, level=level, pooled=True)
 
     def reached_by_loss(self) -> frozenset[str]:
         """Names of the parameters that the balance loss moves; it is constant where all experts are picked."""
@@ -200,48 +275,46 @@ class TreeRouter(nn.Module):
         return frozenset(found)
 
     def draw_noise(self, like: Tensor) -> Tensor:
-        """Standard normal noise for a noisy gate's logits."""
+        """Standard normal noise for a noisy gate's scores (N, F, s)."""
         return torch.randn_like(like)
 
-    def _levels(self) -> list[LevelRouter]:
-        return cast("list[LevelRouter]", list(self.levels))
-
-    def _pick(self, l: int, logits: Tensor, noise_scale: Tensor | None, owner: nn.Module) -> Picks:
-        """Turns the logits (N, F, s) of level l into picks, and records what the balance loss needs."""
-        f = self.fanout[l]
+    def _pick(self, l: int, logits: Tensor, noise_scale: Tensor | None, again: Choice | None) -> Picks:
+        """Turns the scores (s, .., N) of level l into picks; where they are known, into their weights."""
+        f, noise, smooth_load = self.fanout[l], None, None
+        if self.gate == "dense":
+            probabilities = torch.softmax(logits, 0)
+            everyone = torch.arange(len(logits), device=logits.device)
+            chosen = everyone.view(-1, *(1 for _ in logits.shape[1:])).expand_as(logits)
+            return Picks(Choice(chosen), probabilities.clone(), logits, probabilities)
         noisy = logits
         if noise_scale is not None and self.training:
-            noisy = logits + self.draw_noise(logits) * noise_scale
-        if self.gate == "dense":
-            picked = Picks(None, torch.softmax(logits, -1))
-            report(Routing(logits, picked.weights, picked.weights), owner, level=l, pooled=True)
-            return picked
-        values, ids = noisy.topk(f, dim=-1)
-        one_hot = F.one_hot(ids, logits.shape[-1]).to(logits.dtype)
-        probabilities = torch.softmax(noisy, -1)
-        picked = Picks(one_hot, self._weights(values, probabilities, ids))
-        routing = Routing(noisy, probabilities, picked.gates, one_hot.sum(2))
-        loss: RouterLoss = SwitchBalanceLoss(self.aux_coefficient)
-        if noise_scale is not None:
-            loss = ImportanceLoadLoss(self.aux_coefficient)
-            if self.training:
-                routing = replace(routing, smooth_load=_smooth_load(logits, noisy, noise_scale, f))
-        report(routing, owner, [loss], level=l, pooled=True)
-        return picked
+            noise = self._noise(logits) if again is None else cast("Tensor", again.noise)
+            noisy = logits + noise * noise_scale
+            smooth_load = _smooth_load(logits, noisy, noise_scale, f)
+        chosen = noisy.detach().topk(f, dim=0).indices if again is None else again.chosen
+        probabilities = torch.softmax(noisy, 0)
+        alpha = self._weights(noisy, probabilities, chosen)
+        return Picks(Choice(chosen, noise), alpha, noisy, probabilities, smooth_load)
 
-    def _weights(self, values: Tensor, probabilities: Tensor, ids: Tensor) -> Tensor:
-        """The weights (N, F, f) of the picked children, by the rule `gate_weights`."""
+    def _noise(self, logits: Tensor) -> Tensor:
+        """Draws for the scores (s, f_{l+1}, .., f_{L-1}, N), laid out as they are."""
+        turned = logits.detach().permute(*reversed(range(logits.dim())))  # (N, f_{L-1}, .., s)
+        drawn = self.draw_noise(turned.reshape(len(turned), -1, len(logits)))
+        return drawn.view(turned.shape).permute(*reversed(range(logits.dim())))
+
+    def _weights(self, noisy: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """The weights (f, .., N) of the picked children, by the rule `gate_weights`."""
         if self.gate_weights == "pool":
-            return probabilities.gather(-1, ids)
-        if self.gate_weights == "selected" or values.shape[-1] > 1:
-            return torch.softmax(values, -1)
+            return probabilities.gather(0, chosen)
+        if self.gate_weights == "selected" or len(chosen) > 1:
+            return torch.softmax(noisy.gather(0, chosen), 0)
         # A single child, as released: the probability itself for switch, the raw noisy score for noisy_topk.
-        return probabilities.gather(-1, ids) if self.gate == "switch" else values
+        return (probabilities if self.gate == "switch" else noisy).gather(0, chosen)
 
 
 def _smooth_load(clean: Tensor, noisy: Tensor, scale: Tensor, f: int) -> Tensor:
-    """P(expert is picked) under fresh noise for it alone, (N, F, s) (Shazeer et al. 2017, eq. 9)."""
-    top = noisy.topk(f + 1, dim=-1).values
-    last_in, first_out = top[..., f - 1 : f], top[..., f:]
+    """P(expert is picked) under fresh noise for it alone, (s, .., N) (Shazeer et al. 2017, eq. 9)."""
+    top = noisy.topk(f + 1, dim=0).values
+    last_in, first_out = top[f - 1 : f], top[f:]
     threshold = torch.where(noisy > first_out, first_out, last_in)
     return 0.5 * (1 + torch.erf((clean - threshold) / (scale * math.sqrt(2))))

@@ -85,7 +85,7 @@ def measure_pass(
                 loss = loss + context.aux_loss().to(loss)
                 context.records.clear()
                 tracker.mark("head-backward")
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
     tracker.segments[-1].end = tracker.live
     parameters = [p for p in skeleton.model.parameters() if p.requires_grad]
     for parameter in parameters:

@@ -220,7 +220,7 @@ class Planner:
         saved = adapter["trainable"] + adapter["frozen"]
         steps, tokens, rows = self._length()
         checkpoint = saved + optimizer_bytes(self.skeleton, train)
-        kept = checkpoints_kept(train, int(steps["steps"])) if "steps" in steps else 1
+        kept = checkpoints_kept(self.recipe, int(steps["steps"])) if "steps" in steps else 1
         disk = {
             "checkpoint": checkpoint,
             "checkpoints_kept": kept,

@@ -77,7 +77,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., d_in) to (..., d_out)."""
-        return cast("Tensor", _Dequantised.apply(x, self.weight, self.bias))  # type: ignore[no-untyped-call]
+        return cast("Tensor", _Dequantised.apply(x, self.weight, self.bias))
 
 
 class _Dequantised(torch.autograd.Function):

@@ -55,7 +55,7 @@ class Segment:
         return self.peak - self.start
 
 
-class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracker(TorchDispatchMode):
     """Sums the storages that operations make and drop.
 
     Args:
@@ -68,7 +68,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, fake: FakeTensorMode, given: Iterable[Tensor] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.fake = fake
         self.live = 0
         self.segments = [Segment(("start", 0), 0, 0, 0)]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from smore_cli.errors import CheckFailed
+from smore_cli.models.placement import gpus_of
 from smore_cli.nn import AdapterContext, adapted_modules
 from smore_cli.training.census_table import coverage_table
 from smore_cli.training.objective import Counts
@@ -135,7 +136,7 @@ def gradient_census(
     modules = {path: module for path, module in adapted_modules(model).items() if module.active is not None}
     adapters = {path: module.adapter(str(module.active)) for path, module in modules.items()}
     census = Census({path: len(list(adapter.parameters())) for path, adapter in adapters.items()})
-    with _put_back(adapters, device), Picks(modules) as picks:
+    with _put_back(adapters, gpus_of(model, device)), Picks(modules) as picks:
 
         def probe(batch: Batch) -> None:
             picks.of_call.clear()
@@ -176,11 +177,11 @@ def gradient_census(
 
 
 @contextmanager
-def _put_back(adapters: dict[str, Adapter], device: torch.device) -> Iterator[None]:
+def _put_back(adapters: dict[str, Adapter], gpus: list[int]) -> Iterator[None]:
     """Restores parameters, buffers, gradients and the random state, bit for bit."""
     tensors = {t for adapter in adapters.values() for t in (*adapter.parameters(), *adapter.buffers())}
     kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=gpus):
         try:
             yield
         finally:

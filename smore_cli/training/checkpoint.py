@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from smore_cli.errors import SmoreError
     from smore_cli.recipe.schema import Recipe
     from smore_cli.training.shard import WholeOptimizer
+    from smore_cli.training.zero import Zero
 
 __all__ = [
     "TrainerState",
@@ -87,7 +88,7 @@ def save_checkpoint(
     run_dir: Path,
     state: TrainerState,
     model: nn.Module,
-    optimizer: Optimizer | WholeOptimizer,
+    optimizer: Optimizer | WholeOptimizer | Zero,
     scheduler: LRScheduler,
     recipe: Recipe,
     random_states: Sequence[dict[str, Any]] = (),
@@ -151,7 +152,7 @@ def rescue_checkpoint(error: SmoreError, run_dir: Path, save: Callable[[Path], P
 def load_checkpoint(
     folder: Path,
     model: nn.Module,
-    optimizer: Optimizer | WholeOptimizer,
+    optimizer: Optimizer | WholeOptimizer | Zero,
     scheduler: LRScheduler,
     data_hash: str,
     process: int = 0,

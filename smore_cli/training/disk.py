@@ -3,23 +3,26 @@
     checkpoint = adapter + optimiser state        kept at once = checkpoints that save_total_limit leaves, + 1 new
     run        = checkpoint x kept at once + adapter + 1 MiB for all that is text
 
-The new checkpoint is complete before an old one is removed, which is why it is counted.
+The new checkpoint is complete before an old one is removed, which is why it is counted. With `eval.steps` the best
+evaluation so far has a checkpoint too, whatever the limit.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from typing import TYPE_CHECKING
 
 from smore_cli.atomic import nearest_folder
 from smore_cli.errors import UsageError
+from smore_cli.training.shard import whole_numel
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-    from smore_cli.recipe.schema import TrainConfig
+    from smore_cli.recipe.schema import Recipe, TrainConfig
 
 __all__ = ["checkpoint_bytes", "checkpoints_kept", "require_space", "run_bytes", "show_bytes"]
 
@@ -38,22 +41,28 @@ def checkpoint_bytes(model: nn.Module, train: TrainConfig) -> int:
     """Returns the least a checkpoint takes: every trainable tensor, and the optimiser's state of it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = STATE_BYTES[train.optim]
-    return sum(p.numel() * (p.element_size() + state) for p in parameters)
+    return sum(whole_numel(p) * (p.element_size() + state) for p in parameters)
 
 
-def checkpoints_kept(train: TrainConfig, total_steps: int) -> int:
+def checkpoints_kept(recipe: Recipe, total_steps: int) -> int:
     """Returns how many checkpoints lie in the run folder at the same time, at most."""
-    written = (total_steps - 1) // train.save_steps
-    return written if train.save_total_limit is None else min(written, train.save_total_limit + 1)
+    save, limit = recipe.train.save_steps, recipe.train.save_total_limit
+    due = (total_steps - 1) // save
+    best = 0  # steps that may have a checkpoint only because they are the best so far
+    if every := recipe.eval.steps:
+        best = -(-total_steps // every) - (total_steps - 1) // math.lcm(save, every)
+    if limit is None:
+        return due + min(best, 2)  # the best, and the next one that is about to take its place
+    return min(due + best, max(limit, 2 if best else 1) + 1)
 
 
-def run_bytes(model: nn.Module, train: TrainConfig, total_steps: int) -> int:
+def run_bytes(model: nn.Module, recipe: Recipe, total_steps: int) -> int:
     """Returns the least a whole run takes on the disk."""
-    adapter = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return checkpoint_bytes(model, train) * checkpoints_kept(train, total_steps) + adapter + TEXT
+    adapter = sum(whole_numel(p) * p.element_size() for p in model.parameters() if p.requires_grad)
+    return checkpoint_bytes(model, recipe.train) * checkpoints_kept(recipe, total_steps) + adapter + TEXT
 
 
-def require_space(run_dir: Path, model: nn.Module, train: TrainConfig, total_steps: int) -> None:
+def require_space(run_dir: Path, model: nn.Module, recipe: Recipe, total_steps: int) -> None:
     """Refuses a run that cannot fit on the disk.
 
     What the folder holds already is counted as free: a run that goes on writes the rest of the same.
@@ -61,12 +70,12 @@ def require_space(run_dir: Path, model: nn.Module, train: TrainConfig, total_ste
     Raises:
         UsageError: with what it needs, what there is, and what to set.
     """
-    needed, each = run_bytes(model, train, total_steps), checkpoint_bytes(model, train)
+    needed, each = run_bytes(model, recipe, total_steps), checkpoint_bytes(model, recipe.train)
     held = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file()) if run_dir.is_dir() else 0
     free = shutil.disk_usage(nearest_folder(run_dir)).free
     if needed <= free + held:
         return
-    kept = checkpoints_kept(train, total_steps)
+    kept = checkpoints_kept(recipe, total_steps)
     hint = "make room, or choose another disk with --output-dir"
     if kept > 1:
         hint += ", or keep fewer checkpoints with --set train.save_total_limit=2"

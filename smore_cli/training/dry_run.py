@@ -39,7 +39,7 @@ def dry_run(recipe: Recipe, processes: Processes = ALONE) -> list[str]:
         setup.batches.step(0),
         setup.objective,
         device=setup.device,
-        backward=setup.accelerator.backward,
+        backward=setup.backward,
         aux_over_step=recipe.train.aux_statistics == "global_batch",
         processes=processes,
         reduce=not setup.sharded,

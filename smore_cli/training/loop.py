@@ -31,6 +31,8 @@ from smore_cli.training.window import Window
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
     from smore_cli.data.batch import Batch
     from smore_cli.recipe.document import Document
     from smore_cli.recipe.schema import Recipe
@@ -83,7 +85,7 @@ def train(
     def find_start() -> Path | None:
         if again:
             require_same_data(run_dir, recipe, setup.data_hash, document)
-        require_space(run_dir, setup.model, recipe.train, setup.plan.total_steps)
+        require_space(run_dir, setup.model, recipe, setup.plan.total_steps)
         return checkpoint if checkpoint is not None else newest_complete(run_dir, reporter.say) if resume else None
 
     start = processes.on_main(find_start)
@@ -180,23 +182,29 @@ class Training(Run):
             batches,
             setup.objective,
             device=setup.device,
-            backward=setup.accelerator.backward,
+            backward=setup.backward,
             aux_over_step=train.aux_statistics == "global_batch",
             processes=self.processes,
             reduce=not setup.sharded,
         )
-        limit = train.max_grad_norm or math.inf
-        trainable = [p for p in setup.model.parameters() if p.requires_grad]
-        norm = clip(trainable, limit)
-        self.latest |= {"grad_norm": norm, "learning_rate": setup.scheduler.get_last_lr()[0]}
-        setup.optimizer.step()
+        self.latest |= {"grad_norm": self.update(), "learning_rate": setup.scheduler.get_last_lr()[0]}
         setup.scheduler.step()
-        setup.optimizer.zero_grad()
         self.watch.add(result.loads)
         self.state.step += 1
         self.state.tokens += result.tokens
         self.state.supervised_tokens += result.counts.tokens
         return result
+
+    def update(self) -> Tensor:
+        """Takes the optimiser's step on clipped gradients and returns their norm before, a scalar."""
+        setup = self.setup
+        if setup.zero is not None:
+            return setup.zero.step()
+        limit = setup.recipe.train.max_grad_norm or math.inf
+        norm = clip([p for p in setup.model.parameters() if p.requires_grad], limit)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+        return norm
 
     def log(self) -> None:
         """Adds a line of training numbers."""
@@ -223,6 +231,10 @@ class Training(Run):
         values = {"step": self.state.step} | found
         self.latest.update(values)
         self.record(values)
-        former, config = self.state.best.get("step"), self.setup.recipe.eval
-        if config.steps and is_best(config, self.state, self.latest) and self.try_to_save() and self.processes.main:
-            drop_former_best(self.run_dir, former, self.setup.recipe.train.save_steps)
+        former, config = self.state.best, self.setup.recipe.eval
+        if not config.steps or not is_best(config, self.state, self.latest):
+            return
+        if not self.try_to_save():
+            self.state.best = former  # what has no checkpoint cannot be gone back to
+        elif self.processes.main:
+            drop_former_best(self.run_dir, former.get("step"), self.setup.recipe.train.save_steps)

@@ -43,10 +43,10 @@ class Counts:
 
     @classmethod
     def of(cls, batches: Iterable[Batch]) -> Counts:
-        """Counts over all forward passes of a step."""
+        """Counts over all forward passes of a step, which are on the CPU."""
         tokens = questions = 0
         for batch in batches:
-            tokens += int(_is_gold(batch).sum())
+            tokens += int(torch.isin(batch.choice, batch.gold).sum())
             questions += len(batch.gold)
         return cls(tokens, questions)
 
@@ -92,30 +92,30 @@ class Objective:
             counts: of the whole step.
         """
         logprobs = target_logprobs(model, batch)  # (n,)
-        nll = -logprobs[_is_gold(batch)].sum()
+        nll = -torch.where(_is_gold(batch), logprobs, 0.0).sum()
         completion = nll / max(counts.tokens, 1)
         if not self.ranking:
             return Share(completion, nll.detach(), torch.zeros_like(nll))
-        scores = _branch_means(logprobs, batch)  # (questions, most branches), -inf where a question has fewer
-        first = torch.searchsorted(batch.branch_row, torch.arange(len(batch.gold), device=scores.device))
-        gold = batch.gold - first  # index within its own question
-        ranking = F.cross_entropy(scores, gold, reduction="sum") / max(counts.questions, 1)
-        correct = (scores.argmax(1) == gold).sum().to(nll.dtype)
+        means = _branch_means(logprobs, batch)  # (branches,)
+        questions = len(batch.gold)
+        # A column for every branch, -inf in another question's: how many the longest question has, only the device
+        # knows, and to ask would mean to wait for it.
+        rows = torch.arange(questions, device=means.device)[:, None]
+        scores = torch.where(batch.branch_row == rows, means, -torch.inf)  # (questions, branches)
+        ranking = F.cross_entropy(scores, batch.gold, reduction="sum") / max(counts.questions, 1)
+        correct = (scores.argmax(1) == batch.gold).sum().to(nll.dtype)
         return Share(ranking + self.completion_weight * completion, nll.detach(), correct)
 
 
 def _is_gold(batch: Batch) -> Tensor:
     """(n,) bool: targets that belong to the right branch of their row."""
-    return torch.isin(batch.choice, batch.gold)
+    right = torch.zeros(len(batch.branch_row), dtype=torch.bool, device=batch.gold.device)
+    return right.index_fill(0, batch.gold, True)[batch.choice]
 
 
 def _branch_means(logprobs: Tensor, batch: Batch) -> Tensor:
-    """Mean log-probability of each branch as (questions, most branches), -inf in empty places."""
-    branches, questions = len(batch.branch_row), len(batch.gold)
-    total = logprobs.new_zeros(branches).index_add(0, batch.choice, logprobs)
-    length = logprobs.new_zeros(branches).index_add(0, batch.choice, torch.ones_like(logprobs))
-    per_question = torch.bincount(batch.branch_row, minlength=questions)
-    first = per_question.cumsum(0) - per_question
-    column = torch.arange(branches, device=logprobs.device) - first[batch.branch_row]
-    table = logprobs.new_full((questions, int(per_question.max())), -torch.inf)
-    return table.index_put((batch.branch_row, column), total / length.clamp_min(1))
+    """Mean log-probability of each branch, (branches,); 0 of one without targets."""
+    none = logprobs.new_zeros(len(batch.branch_row))
+    total = none.index_add(0, batch.choice, logprobs)
+    length = none.index_add(0, batch.choice, torch.ones_like(logprobs))
+    return total / length.clamp_min(1)

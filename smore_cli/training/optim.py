@@ -125,7 +125,7 @@ def _make(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
     if train.optim == "adafactor":
         from transformers import Adafactor
 
-        return Adafactor(groups, lr=train.learning_rate, scale_parameter=False, relative_step=False)  # type: ignore[no-untyped-call]
+        return Adafactor(groups, lr=train.learning_rate, scale_parameter=False, relative_step=False)
     with quiet():
         from bitsandbytes.optim import adamw
 

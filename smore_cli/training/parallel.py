@@ -228,11 +228,6 @@ def join() -> Processes:
     Raises:
         UsageError: the launcher asks for what cannot be done.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UsageError(
-            "DeepSpeed is not supported: ZeRO fails where only some processes have the gradient of a parameter",
-            "use FSDP2 instead: accelerate launch --use_fsdp --fsdp_version 2",
-        )
     count = outer_processes()
     if count == 1:
         return ALONE
@@ -243,11 +238,14 @@ def join() -> Processes:
     if not dist.is_initialized():
         from accelerate import PartialState
 
-        # Numbers that Python waits for go over gloo, so that they never wait for the work queued on a GPU.
-        if torch.cuda.is_available():
-            PartialState(backend="cuda:nccl,cpu:gloo", timeout=TIMEOUT)
-        else:
-            PartialState(cpu=True, timeout=TIMEOUT)
+        from smore_cli.training.zero_settings import plain_accelerate
+
+        with plain_accelerate():
+            # Numbers that Python waits for go over gloo, so that they never wait for the work queued on a GPU.
+            if torch.cuda.is_available():
+                PartialState(backend="cuda:nccl,cpu:gloo", timeout=TIMEOUT)
+            else:
+                PartialState(cpu=True, timeout=TIMEOUT)
     return Processes(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store())
 
 

@@ -62,7 +62,7 @@ class Picks:
                 got = (picked & matters[:, None, None]).flatten(0, 1).any(0)  # (s,)
                 self.of_expert[key] = self.of_expert[key] | got if key in self.of_expert else got
 
-        output.register_hook(count)  # type: ignore[no-untyped-call]
+        output.register_hook(count)
 
 
 class Reached:

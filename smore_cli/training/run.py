@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.atomic import write_text, writing
@@ -35,8 +36,11 @@ from smore_cli.training.window import Window
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch.optim import Optimizer
+
     from smore_cli.training.progress import Reporter
     from smore_cli.training.setup import Setup
+    from smore_cli.training.zero import Zero
 
 __all__ = ["Run"]
 
@@ -57,6 +61,7 @@ class Run:
         adapter_step: the step whose adapter comes out, where it is not the last.
         trackers: where metrics go beside metrics.jsonl.
         inexact: why the run does not go on bit for bit where it was resumed.
+        seconds_before: time spent in steps before it was resumed.
     """
 
     def __init__(self, setup: Setup, run_dir: Path, reporter: Reporter) -> None:
@@ -73,18 +78,21 @@ class Run:
         self.trackers = Trackers(reporter.say)
         self.inexact: str | None = None
         self.window = Window(since=0.0)
+        self.seconds_before = 0.0
 
     def restore(self, folder: Path) -> None:
         """Continues from a checkpoint."""
         setup = self.setup
         if problem := self.processes.on_main(lambda: damage(folder)):
             raise CheckpointError(f"{folder}: {problem}", "name another checkpoint, or --resume without one")
-        optimizer = WholeOptimizer(setup.optimizer) if setup.sharded else setup.optimizer
+        optimizer = setup.zero or (WholeOptimizer(setup.optimizer) if setup.sharded else setup.optimizer)
         rank = self.processes.rank
         with whole_adapter(setup.model, changes=True):
             data_hash = setup.hash_after(step_of(folder))
             self.state = load_checkpoint(folder, setup.model, optimizer, setup.scheduler, data_hash, rank)
-        self.resumed_from = self.state.step
+        if setup.zero is not None:
+            setup.zero.restore()
+        self.resumed_from, self.seconds_before = self.state.step, self.state.seconds
         self.latest |= self.state.latest
         self.window = Window.of(self.state.window, setup.device)
         if (writers := processes_of(folder)) != self.processes.count:
@@ -191,13 +199,19 @@ class Run:
         newest = {key: float(self.latest[key]) for key in ("learning_rate", "grad_norm") if key in self.latest}
         self.state.latest, self.state.window = self.results() | newest, self.window.state()
         random_states = self.processes.gather_objects(random_state())
-        optimizer = WholeOptimizer.gathered(setup.optimizer) if setup.sharded else setup.optimizer
+        optimizer = self.whole_optimizer()
         with whole_adapter(setup.model):
             return self.processes.on_main(
                 lambda: save_checkpoint(
                     folder, self.state, setup.model, optimizer, setup.scheduler, setup.recipe, random_states
                 )
             )
+
+    def whole_optimizer(self) -> Optimizer | WholeOptimizer | Zero:
+        """Returns what has the optimiser's whole state; all processes call it together."""
+        if self.setup.zero is not None:
+            return self.setup.zero.gathered()
+        return WholeOptimizer.gathered(self.setup.optimizer) if self.setup.sharded else self.setup.optimizer
 
     def finish(self) -> dict[str, Any]:
         """Writes what the run was for; where its folder cannot be written, the state goes somewhere else.
@@ -226,7 +240,9 @@ class Run:
 
     def add_prediction(self, values: dict[str, Any]) -> dict[str, Any]:
         """Adds predicted and measured memory to run.json, of a run that is over and saved."""
+        started = time.perf_counter()
         values |= {"memory": compare(self.setup, values["peak_memory_bytes"])}
+        values["seconds"] |= {"prediction": round(time.perf_counter() - started, 2)}
         write_run_json(self.run_dir, values)
         return values
 
@@ -266,9 +282,10 @@ class Run:
                 "hash": self.setup.data_hash,
                 **self.setup.plan.facts(),
             },
-            "seconds": self.setup.seconds,
+            "seconds": self.setup.seconds | {"steps": round(state.seconds - self.seconds_before, 2)},
             "peak_memory_bytes": peak_memory(self.setup.device),
-            "processes": {"count": self.processes.count, "sharded": self.setup.sharded},
+            "processes": {"count": self.processes.count, "sharded": self.setup.sharded}
+            | ({} if self.setup.zero is None else {"zero_stage": self.setup.zero.stage}),
             "resumed_from": self.resumed_from,
             "resumed_inexactly": self.inexact,
             "result": result,

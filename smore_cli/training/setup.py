@@ -31,14 +31,15 @@ from smore_cli.training.process_memory import resident_with_libraries
 from smore_cli.training.replicas import make_equal, share_out
 from smore_cli.training.run_data import load_run_data
 from smore_cli.training.schedule import lies_flat
-from smore_cli.training.shard import require_shardable, shard, sharding_wanted
+from smore_cli.training.shard import require_shardable, shard, sharding_wanted, whole_numel
 from smore_cli.training.stream_plan import StreamPlan
 from smore_cli.training.trackers import require_trackers
+from smore_cli.training.zero_settings import plain_accelerate, require_zero, zero_settings, zero_wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from smore_cli.recipe.schema import Recipe
     from smore_cli.training.parallel import Processes
     from smore_cli.training.schedule import Plan
+    from smore_cli.training.zero import Zero
 
 __all__ = ["Setup", "enable_checkpointing", "prepare"]
 
@@ -71,7 +73,8 @@ class Setup:
         targets: paths of the adapted modules.
         seconds: time spent, by phase.
         processes: those that train together.
-        sharded: each of them holds only a part of the model.
+        sharded: each of them holds only a part of the model, or of the optimiser.
+        zero: DeepSpeed's ZeRO, which then runs the optimiser.
         baseline: bytes of the process before the model was loaded.
     """
 
@@ -91,6 +94,7 @@ class Setup:
     seconds: dict[str, float]
     processes: Processes = ALONE
     sharded: bool = False
+    zero: Zero | None = None
     baseline: int = 0
 
     @property
@@ -101,8 +105,15 @@ class Setup:
 
     def parameter_counts(self) -> dict[str, int]:
         """Returns trainable numbers, and all of them (a 4-bit weight counts the numbers it stands for)."""
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trainable = sum(whole_numel(p) for p in self.model.parameters() if p.requires_grad)
+        if self.zero is not None and self.zero.stage == 3:
+            return {"trainable": trainable, "total": sum(whole_numel(p) for p in self.model.parameters())}
         return {"trainable": trainable, "total": int(self.model.num_parameters())}  # type: ignore[operator]
+
+    @property
+    def backward(self) -> Callable[[Tensor], None]:
+        """Runs the backward pass of a scalar."""
+        return self.accelerator.backward if self.zero is None else self.zero.backward
 
     @property
     def num_train_rows(self) -> int | None:
@@ -151,9 +162,13 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
 
     require_trackers(recipe.log)
     recipe = share_out(recipe, processes)
-    if sharded := sharding_wanted():
+    if fsdp := sharding_wanted():
         require_shardable(recipe, processes)
+    if zero_wanted():
+        require_zero(recipe, processes)
     accelerator = _accelerator(processes)
+    settings = _zero_settings(recipe, processes, accelerator.device, say) if zero_wanted() else None
+    sharded = fsdp or settings is not None
     require_optimizer(recipe.train, accelerator.device, say)
     _require_fit(recipe, accelerator.device)
     set_seed(recipe.seed, device_specific=True)  # of dropout and noise: each process draws its own
@@ -161,7 +176,8 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
     data = processes.main_first(lambda: load_run_data(recipe, tokenizer, say))
     lap("data")
     baseline = resident_with_libraries()
-    model = _backbone(recipe, accelerator.device, sharded=sharded)
+    partitioned = fsdp or (settings is not None and settings["zero_optimization"]["stage"] == 3)
+    model = _backbone(recipe, accelerator.device, sharded=partitioned)
     if recipe.data.packing:
         ranking = recipe.data.objective == "choice_ranking"
         require_packing(model, model.device, branched=ranking, flat=lies_flat(recipe))
@@ -179,10 +195,11 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
         add_neftune(model, recipe.train.neftune_noise_alpha)
     if recipe.train.gradient_checkpointing:
         enable_checkpointing(model)
-    if sharded:
+    if fsdp:
         shard(model, accelerator.device)
-    lap("model")
     optimizer = build_optimizer(model, recipe.train)
+    zero = _zero(model, optimizer, settings, accelerator.device) if settings is not None else None
+    lap("model")
     scheduler = build_scheduler(optimizer, recipe.train, plan.total_steps)
     batches = Batches(
         data.train_rows if data.stream is None else data.stream, plan, int(tokenizer.pad_token_id),
@@ -193,7 +210,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
     objective = Objective.from_config(recipe.data)
     return Setup(
         recipe, accelerator, model, tokenizer, data.train_rows, data.eval_rows, data.hash, plan, batches, objective,
-        optimizer, scheduler, targets, seconds, processes, sharded, baseline,
+        optimizer, scheduler, targets, seconds, processes, sharded, zero, baseline,
     )  # fmt: skip
 
 
@@ -211,7 +228,24 @@ def _accelerator(processes: Processes) -> Accelerator:
     """
     plain = GradientAccumulationPlugin(num_steps=1)
     cpu = processes.count > 1 and not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=plain)
+    with plain_accelerate():
+        return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=plain)
+
+
+def _zero_settings(
+    recipe: Recipe, processes: Processes, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration, and says what of it has no effect."""
+    settings, idle = zero_settings(recipe, processes, device)
+    if idle:
+        say(f"DeepSpeed's configuration: {', '.join(idle)} has no effect here")
+    return settings
+
+
+def _zero(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any], device: torch.device) -> Zero:
+    from smore_cli.training.zero import Zero  # only here, because nothing imports DeepSpeed unless asked
+
+    return Zero(model, optimizer, settings, device)
 
 
 def _backbone(recipe: Recipe, device: torch.device, *, sharded: bool) -> PreTrainedModel:

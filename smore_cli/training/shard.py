@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from smore_cli.recipe.schema import Recipe
     from smore_cli.training.parallel import Processes
 
-__all__ = ["WholeOptimizer", "clip", "require_shardable", "shard", "sharding_wanted", "whole_adapter"]
+__all__ = [
+    "WholeOptimizer",
+    "clip",
+    "layer_classes",
+    "require_shardable",
+    "shard",
+    "sharding_wanted",
+    "whole_adapter",
+    "whole_numel",
+]
 
 PLAIN = "start it with --num-processes, torchrun, or accelerate launch without --use_fsdp"
 
@@ -75,13 +84,8 @@ def shard(model: Any, device: torch.device) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     plugin = FullyShardedDataParallelPlugin()  # reads what `accelerate launch` has put into the environment
-    names = set(plugin.transformer_cls_names_to_wrap or model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        raise UsageError(
-            f"FSDP2: {type(model).__name__} has no layers of class {', '.join(sorted(names)) or '(none named)'}",
-            "name its decoder layer with --fsdp_transformer_layer_cls_to_wrap",
-        )
+    classes = layer_classes(model, plugin.transformer_cls_names_to_wrap)
+    layers = [module for module in model.modules() if type(module) in classes]
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh}
     if plugin.cpu_offload:
@@ -97,12 +101,44 @@ def shard(model: Any, device: torch.device) -> None:
     cast("FSDPModule", model).set_reduce_scatter_unused_params(True)
 
 
+def layer_classes(model: Any, names: Iterable[str] | None) -> list[type[nn.Module]]:
+    """Returns the classes of a model's decoder layers, which are gathered as a whole.
+
+    Args:
+        model: the backbone.
+        names: of the classes; none: those that the model itself says.
+
+    Raises:
+        UsageError: the model has no layer of them.
+    """
+    wanted = set(names or model._no_split_modules or ())
+    found = {type(module): None for module in model.modules() if type(module).__name__ in wanted}
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} has no layers of class {', '.join(sorted(wanted)) or '(none named)'}",
+            "with FSDP2 name its decoder layer: --fsdp_transformer_layer_cls_to_wrap",
+        )
+    return list(found)
+
+
+def whole_numel(parameter: Tensor) -> int:
+    """Returns how many numbers a parameter has in all processes together; ZeRO 3 leaves an empty one here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 @contextmanager
 def whole_adapter(model: nn.Module, *, changes: bool = False) -> Iterator[None]:
     """Puts whole tensors in the place of a sharded adapter's, to be saved, or with `changes` to be filled.
 
     All processes enter it together. A model that is not sharded is left as it is.
     """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(hasattr(parameter, "ds_id") for parameter in trained):
+        from smore_cli.training.zero import gathered_parameters
+
+        with gathered_parameters(trained, changes=changes):
+            yield
+        return
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for adapted in adapted_modules(model).values():
         for module in adapted.adapters.modules():

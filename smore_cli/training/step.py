@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from smore_cli.models.forward import target_logits
+from smore_cli.models.placement import gpus_of
 from smore_cli.nn import AdapterContext
 from smore_cli.training.objective import Counts, Objective
 from smore_cli.training.parallel import ALONE
@@ -136,9 +137,8 @@ def _statistics(
 
     Only the first `own` batches count. Draws no random number for good.
     """
-    devices = [device] if device.type == "cuda" else []
     totals: list[Tensor] | None = None
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=gpus_of(model, device)):
         for number, batch in enumerate(batches):
             batch = batch.to(device)
             nowhere = batch.sources.new_empty(0)

@@ -147,6 +147,16 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(stream: Stream, wri
     assert dropping[3] == dropping[4] == rows[0]  # its place is taken by the next
 
 
+def test_a_stream_with_nothing_to_learn_is_named_by_its_source(
+    stream: Stream, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smore_cli.data.stream.FRUITLESS", 5)
+    path = write([{"prompt": "one two three four five", "completion": " six"}] * 9)
+    with pytest.raises(DataError, match=r"rows\.jsonl: 5 rows one after another have no token to learn") as caught:
+        _ = stream({"path": path}, max_length=8, on_no_supervision="drop")[0]
+    assert "raise data.max_length" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("source", "problem"),
     [

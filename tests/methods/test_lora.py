@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from smore_cli.nn.low_rank import LowRank
 
+EXACT: dict[str, float] = {"rtol": 1e-11, "atol": 1e-11}
 ROUNDING: dict[str, float] = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -48,7 +49,7 @@ def twins(bias: bool, **settings: Any) -> tuple[nn.Module, nn.Module]:
     peft = PeftConfig(r=4, lora_alpha=alpha, use_rslora=config.use_rslora, target_modules=["first", "second"])
     theirs = get_peft_model(theirs, peft)
     give_the_same_weights(ours, theirs)
-    return ours, theirs
+    return ours.double(), theirs.double()
 
 
 def give_the_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
@@ -64,8 +65,9 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
     for path, module in adapted_modules(ours).items():
         lora, layer = module.adapters["default"], theirs.base_model.model.get_submodule(path)  # type: ignore[union-attr]
         assert lora.lora_A.grad.any() and lora.lora_B.grad.any()
-        torch.testing.assert_close(lora.lora_A.grad, layer.lora_A["default"].weight.grad, **ROUNDING)
-        torch.testing.assert_close(lora.lora_B.grad, layer.lora_B["default"].weight.grad, **ROUNDING)
+        tolerance = EXACT if lora.lora_A.dtype == torch.float64 else ROUNDING
+        torch.testing.assert_close(lora.lora_A.grad, layer.lora_A["default"].weight.grad, **tolerance)
+        torch.testing.assert_close(lora.lora_B.grad, layer.lora_B["default"].weight.grad, **tolerance)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +78,13 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_outputs_and_gradients_equal_pefts(bias: bool, settings: dict[str, Any]) -> None:
     ours, theirs = twins(bias, **settings)
-    inputs = [torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    x = torch.randn(3, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [model(x) for model, x in zip((ours, theirs), inputs, strict=True)]
-    torch.testing.assert_close(*outputs, **ROUNDING)
+    torch.testing.assert_close(*outputs, **EXACT)
     for output in outputs:
         output.square().sum().backward()
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **ROUNDING)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, **EXACT)
     assert_same_gradients(ours, theirs)
 
 

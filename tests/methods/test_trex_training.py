@@ -81,7 +81,9 @@ def priors_seen(model: nn.Module) -> list[Tensor]:
     """Collects the prior that the first adapted module meets in every pass."""
     seen: list[Tensor] = []
 
-    def look(*_: object) -> None:
+    def look(module: nn.Module, _: object) -> None:
+        if module.active is None:  # the bare backbone, which is asked what it does to its logits
+            return
         context = current_context()
         assert context is not None and context.prior is not None
         seen.append(context.prior.clone())

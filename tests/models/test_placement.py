@@ -13,7 +13,7 @@ from smore_cli.errors import ModelError
 from smore_cli.methods.mixlora import MixLoRAConfig
 from smore_cli.methods.smore import SMoREConfig
 from smore_cli.models.load import load_backbone
-from smore_cli.models.placement import device_map_of, require_no_offload
+from smore_cli.models.placement import device_map_of, gpus_of, require_no_offload
 from smore_cli.nn import adapted_modules, attach, detach
 from smore_cli.recipe.schema import ModelConfig
 from tests.contract.models import backbone, logits, randomised, rows, token_ids
@@ -72,3 +72,14 @@ def test_parts_that_do_not_fit_on_the_gpus_are_refused(place: str) -> None:
     require_no_offload("m", None)
     with pytest.raises(ModelError, match=r"does not fit on the GPUs: 1 of its parts, as model\.layers\.1, would stay"):
         require_no_offload("m", {"model.layers.0": 0, "model.layers.1": place})
+
+
+def test_the_random_state_of_every_gpu_that_a_model_lies_on_is_kept() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = torch.nn.Linear(2, 2)
+    assert gpus_of(model, CPU) == []
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors of GPUs that need not be there
+        model.weight = torch.nn.Parameter(torch.empty(2, 2, device="cuda:2"))
+        model.bias = torch.nn.Parameter(torch.empty(2, device="cuda:1"))
+    assert gpus_of(model, GPU) == [0, 1, 2]

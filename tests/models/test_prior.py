@@ -277,6 +277,17 @@ def test_a_sample_is_clustered_and_only_what_the_run_sees_is_embedded(tiny_llama
     assert len(prior._scores) == 11
 
 
+def test_where_embedding_takes_long_it_says_how_far_it_is(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smore_cli.models.prior.TOGETHER", 4)
+    monkeypatch.setattr("smore_cli.models.prior.REPORT_SECONDS", -1)
+    rows = [token_ids(2 + i % 5, seed=i).tolist() for i in range(10)]
+    model, said = add_random(llama(tiny_llama), TRexConfig(num_down=1, num_up=3)), list[str]()
+    fit_prior(model, prior_of(model), rows, range(10), said.append)
+    assert [line.partition(",")[0] for line in said[1:]] == ["embedded 4 of 10 prompts", "embedded 8 of 10 prompts"]
+    wanted = KMeans(3)(BackboneEmbedder()(model, rows), [1] * 10)
+    torch.testing.assert_close(prior_of(model).centroids, wanted)
+
+
 def test_other_weights_under_the_same_name_are_another_backbone(tiny_llama: Path) -> None:
     model, rows = llama(tiny_llama), prompts(tiny_llama)
     plain, identity = fingerprint(model), BackboneEmbedder().identity(model, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from smore_cli.methods.smore import SMoREConfig, count_trees
 from smore_cli.nn import AdapterContext
 from smore_cli.nn.low_rank import LowRank
-from smore_cli.nn.tree_router import Picks
+from smore_cli.nn.tree_router import Choice, Picks
 from tests.nn.oracle import Oracle
 from tests.nn.trees import SMALL, FixedNoise, aux_of, build, force_picks, random_tree, rows, update_of, with_picks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from smore_cli.nn.tree import Tree
@@ -111,7 +114,7 @@ def test_a_single_noisy_child_weighs_its_cosine() -> None:
 @pytest.mark.parametrize("gate", ["switch", "noisy_topk"])
 def test_children_of_one_parent_are_different_experts_in_falling_order_of_weight(gate: str) -> None:
     for picked in with_picks(random_tree(gate=gate, **TWO | {"fanout": [3, 2]}), rows(30, 6))[1]:
-        assert (picked.one_hot.sum(2) <= 1).all()
+        assert (picked.ids.sort(-1).values.diff(dim=-1) > 0).all()
         assert (picked.weights.diff(dim=-1) <= 0).all()
 
 
@@ -133,13 +136,18 @@ def test_relabelling_the_experts_of_a_pool_changes_nothing(gate: str, level: int
     torch.testing.assert_close(aux_of(tree, x), aux, **EXACT)
 
 
+def reordered(picks: Picks, order: Callable[[Tensor], Tensor]) -> Picks:
+    """Applies an order to what lies (children, parents of them, ..., N)."""
+    return replace(picks, choice=Choice(order(picks.chosen)), alpha=order(picks.alpha))
+
+
 @pytest.mark.parametrize("position", ["all", "child_v2", "child"])
 def test_the_order_of_siblings_changes_nothing(position: str) -> None:
     tree, x = random_tree(activation_position=position, **TWO | {"fanout": [2, 3]}), rows(11, 6)
     before, (leaves, top) = with_picks(tree, x)
     order = torch.tensor([1, 2, 0])
-    subtrees = Picks(leaves.one_hot[:, order].flip(2), leaves.weights[:, order].flip(2))  # move with their parents
-    force_picks(tree, [subtrees, Picks(top.one_hot[:, :, order], top.weights[:, :, order])])
+    subtrees = reordered(leaves, lambda each: each[:, order].flip(0))  # they move with their parents
+    force_picks(tree, [subtrees, reordered(top, lambda each: each[order])])
     torch.testing.assert_close(update_of(tree, x), before, **EXACT)
 
 
@@ -182,9 +190,13 @@ def all_picks(s: int, f: int) -> list[Picks]:
     """Every two-level tree, one a row, with unit weights."""
     subsets = list(itertools.combinations(range(s), f))
     trees = [(top, *leaves) for top in subsets for leaves in itertools.product(subsets, repeat=f)]
-    one_hot = torch.nn.functional.one_hot(torch.tensor(trees), s).double()  # (trees, 1 + f, f, s)
-    ones = torch.ones(one_hot.shape[:-1], dtype=torch.float64)
-    return [Picks(one_hot[:, 1:], ones[:, 1:]), Picks(one_hot[:, :1], ones[:, :1])]
+    chosen = torch.tensor(trees).movedim(0, -1)  # (1 + f, f, trees)
+
+    def unit(chosen: Tensor) -> Picks:
+        nothing = torch.zeros(s, *chosen.shape[1:], dtype=torch.float64)
+        return Picks(Choice(chosen), torch.ones(chosen.shape, dtype=torch.float64), nothing, nothing)
+
+    return [unit(chosen[1:].transpose(0, 1)), unit(chosen[0])]
 
 
 @pytest.mark.parametrize(

@@ -143,17 +143,20 @@ def test_the_measurement_sees_the_copies_of_a_gathering_strategy() -> None:
 
 def test_the_wide_dimensions_are_met_by_one_product_each() -> None:
     tree = random_tree(D_IN, D_OUT, **WIDE, **SHAPES[2])
+    base = torch.nn.Linear(D_IN, D_OUT, dtype=torch.float64).requires_grad_(False)
     products: list[tuple[tuple[int, ...], ...]] = []
 
     class Products(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
+            if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm"):
                 shapes = tuple(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor))
                 if any(D_IN in shape or D_OUT in shape for shape in shapes):
                     products.append(shapes)
             return func(*args, **(kwargs or {}))
 
-    y = rows(N, D_OUT, seed=3)
-    with torch.no_grad(), Products():
-        tree(rows(N, D_IN), y)
-    assert len(products) == 2
+    with Products():
+        out = tree.adapted(rows(N, D_IN).requires_grad_(), base)
+        assert len(products) == 3  # W x, V x, P x_L
+        products.clear()
+        out.sum().backward()
+    assert len(products) == 5  # the gradients of x (through W and through V), of V, of x_L and of P

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from smore_cli.errors import UsageError
+from smore_cli.errors import CheckpointError, UsageError
 from smore_cli.recipe.schema import EvalConfig, Recipe
 from smore_cli.training.best import drop_former_best, is_best, out_of_patience
 from smore_cli.training.checkpoint import TrainerState, prune
 from smore_cli.training.loop import train
+from smore_cli.training.run import Run
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -136,6 +137,33 @@ def test_a_checkpoint_that_is_only_the_best_goes_when_another_is(recipe: MakeRec
     assert losses == sorted(losses, reverse=True)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert (tmp_path / "run/best").read_text() == "checkpoint-4\n"
+
+
+def test_an_evaluation_whose_checkpoint_could_not_be_written_is_not_the_best(
+    recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a loss that falls; otherwise the run would look for the best where nothing lies."""
+    write = Run.write_state
+
+    def fails_at_the_end(self: Run, folder: Path) -> Path:
+        if self.state.step == 4:
+            raise CheckpointError("the disk is full")
+        return write(self, folder)
+
+    monkeypatch.setattr(Run, "write_state", fails_at_the_end)
+    values = train(
+        recipe(
+            data={"eval_fraction": 0.05},
+            train={"max_steps": 4, "save_steps": 3, "gradient_census": False},
+            eval={"steps": 2, "load_best_model_at_end": True},
+        ),
+        "",
+    )
+    first, last = evaluations(tmp_path / "run")
+    assert last < first == values["result"]["best"]["value"] == values["result"]["eval_loss"]
+    assert values["result"]["best"]["step"] == values["result"]["adapter_step"] == 2
+    assert (tmp_path / "run/best").read_text() == "checkpoint-2\n"
+    assert weights(tmp_path / "run") == weights(tmp_path / "run/checkpoint-2")
 
 
 def test_a_former_best_that_cannot_be_removed_does_not_end_the_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from smore_cli.errors import CheckpointError, UsageError
 from smore_cli.recipe import load_recipe
 from smore_cli.training.checkpoint import checkpoints, damage
-from smore_cli.training.disk import checkpoint_bytes, require_space, run_bytes, show_bytes
+from smore_cli.training.disk import checkpoint_bytes, checkpoints_kept, require_space, run_bytes, show_bytes
 from smore_cli.training.loop import train
 from smore_cli.training.run import Run
 from smore_cli.training.run_folder import MetricsLog, read_run_json, require_new, require_writable
@@ -46,7 +46,7 @@ def test_the_estimate_is_what_a_checkpoint_takes(make_recipe: MakeRecipe, tmp_pa
     taken = sum(file.stat().st_size for file in checkpoints(tmp_path / "run")[0].iterdir())
     assert 0.9 * expected < taken < 1.2 * expected
     whole = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
-    assert 0.8 * whole < run_bytes(setup.model, recipe.train, 6) < 2 * whole
+    assert 0.8 * whole < run_bytes(setup.model, recipe, 6) < 2 * whole
 
 
 def test_a_run_that_cannot_fit_is_refused_before_its_first_step(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -61,13 +61,40 @@ def test_what_a_run_has_written_already_counts_as_room(make_recipe: MakeRecipe, 
     recipe = load_recipe(make_recipe(adapter=LORA, train=TRAIN))
     setup = prepare(recipe, lambda _: None)
     steps = shutil.disk_usage(tmp_path).free // checkpoint_bytes(setup.model, recipe.train) * 2
-    require_space(tmp_path / "run", setup.model, recipe.train, steps // 2)
+    require_space(tmp_path / "run", setup.model, recipe, steps // 2)
     with pytest.raises(UsageError):
-        require_space(tmp_path / "run", setup.model, recipe.train, steps * 2)
+        require_space(tmp_path / "run", setup.model, recipe, steps * 2)
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / "checkpoint").open("wb") as file:
         file.truncate(1 << 42)  # sparse: as large as any disk, and it takes nothing
-    require_space(tmp_path / "run", setup.model, recipe.train, steps * 2)
+    require_space(tmp_path / "run", setup.model, recipe, steps * 2)
+
+
+@pytest.mark.parametrize(
+    ("save", "limit", "every", "kept"),
+    [
+        (3, None, None, 3),  # 3 6 9
+        (3, 2, None, 3),
+        (3, 1, None, 2),
+        (3, None, 3, 4),  # 3 6 9, and 10 where it is the best
+        (3, None, 4, 5),  # 3 6 9, the best of 4 8 10, and the next that takes its place
+        (3, 1, 4, 3),  # the newest, the best, a new one
+        (20, None, None, 0),
+        (20, 5, 4, 3),  # no more than 4 8 10
+    ],
+)
+def test_checkpoints_of_the_best_evaluation_are_counted(
+    make_recipe: MakeRecipe, save: int, limit: int | None, every: int | None, kept: int
+) -> None:
+    recipe = load_recipe(make_recipe())
+    changes = {"save_steps": save, "save_total_limit": limit}
+    recipe = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update=changes),
+            "eval": recipe.eval.model_copy(update={"steps": every}),
+        }
+    )
+    assert checkpoints_kept(recipe, 10) == kept
 
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB")])

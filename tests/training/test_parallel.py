@@ -251,20 +251,16 @@ def test_what_both_processes_find_is_told_once_and_keeps_its_exit_code(tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_num_processes_inside_a_launcher_and_deepspeed_are_refused(
+def test_num_processes_inside_a_launcher_are_refused(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from typer.testing import CliRunner
 
     from smore_cli.cli import app
     from smore_cli.errors import UsageError
-    from smore_cli.training.parallel import join
 
     write_recipes(tmp_path, tiny_llama)
     monkeypatch.setenv("WORLD_SIZE", "1")
     result = CliRunner().invoke(app, ["train", str(tmp_path / "plain.yaml"), "--num-processes", "2"])
     assert isinstance(result.exception, UsageError)
     assert "a launcher has started the processes already" in result.exception.message
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UsageError, match="DeepSpeed is not supported"):
-        join()
