@@ -16,6 +16,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from smore_cli.nn.factored import Factored
+    from smore_cli.nn.siblings import Siblings
+
 __all__ = ["AdaptedModule", "Adapter", "add_projection", "dense_weight"]
 
 
@@ -69,6 +72,7 @@ class AdaptedModule(nn.Module):
         base: the frozen module (`nn.Linear`, bitsandbytes' 4-bit linear, transformers' `Conv1D`, a gated MLP).
         adapters: adapters by name.
         active: name of the adapter in use; None: the layer computes exactly what `base` computes.
+        siblings: the maps that read the same input, if there are any; set by `group_siblings`.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -76,6 +80,7 @@ class AdaptedModule(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.siblings: Siblings | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -91,7 +96,10 @@ class AdaptedModule(nn.Module):
         """Maps (..., d_in) to (..., d_out)."""
         if self.active is None:
             return cast("Tensor", self.base(x))
-        return self.adapter(self.active).adapted(x, self.base)
+        adapter = self.adapter(self.active)
+        if self.siblings is not None and (found := self.siblings.products(self, x)) is not None:
+            return cast("Factored", adapter).finish(x, *found)
+        return adapter.adapted(x, self.base)
 
     def adapter(self, name: str) -> Adapter:
         """Returns one adapter."""

@@ -11,13 +11,15 @@ from smore_cli.errors import AdapterError
 from smore_cli.nn.adapted import AdaptedModule, Adapter
 from smore_cli.nn.full_copy import FullCopy, bare
 from smore_cli.nn.prior_hooks import install_prior, remove_prior, select_prior
+from smore_cli.nn.siblings import group_siblings
 from smore_cli.nn.targets import find_saved, find_targets, is_gated_mlp, is_linear, output_head, sites_of, walk
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from smore_cli.methods import MethodConfig
-    from smore_cli.nn.targets import Place
+    from smore_cli.nn.siblings import group_siblings
+from smore_cli.nn.targets import Place
 
 __all__ = ["adapted_modules", "attach", "detach", "find_targets", "is_gated_mlp", "is_linear", "set_active", "sites_of"]
 
@@ -60,6 +62,7 @@ def attach(model: nn.Module, config: MethodConfig, *, name: str = "default", see
         adapted = _adapted(places[path])
         adapted.adapters[name] = adapter.to(next(adapted.base.parameters()).device)  # layers may be on several GPUs
         adapted.adapters[name].train(adapted.training)
+    group_siblings(model)
     if prior is not None:
         install_prior(model, name, prior)
     set_active(model, name)
