@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from smore_cli.nn.factored import Factored
+from smore_cli.nn.grouped import add_grouped, grouping_pays
 from smore_cli.nn.router import report
+from smore_cli.nn.selection import TopK
 from smore_cli.nn.wide import Down
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ class Bank(Factored):
         core: maps the latent (N, R_a) and the gates (N, G, s) to (N, R_b); a module where it has parameters.
         dropout: on the input of A, while training; a router on x sees x without it.
         losses: auxiliary losses of the router.
+        sparse: whether a token's experts are so few that computing them by themselves pays on a CPU.
     """
 
     up_projections = frozenset({"B"})
@@ -83,6 +87,7 @@ class Bank(Factored):
         self.scale, self.dropout, self.losses = scale, dropout, tuple(losses)
         self.router_input = router_input
         self.expert_axes = expert_axes or {}
+        self.sparse = self._picks_pay()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -90,9 +95,22 @@ class Bank(Factored):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
+    def _picks_pay(self) -> bool:
+        """Whether a token's experts are so few of so many ranks that they are better computed by themselves."""
+        s, select = self.router.num_experts, self.router.select
+        alone = type(self) is Bank and self.core is block and self.router_input == "input" and self.router.groups == 1
+        return alone and isinstance(select, TopK) and grouping_pays(s, len(self.A) // s, select.k)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether picked experts are computed by themselves here (`grouped.py`): on a CPU, where it pays."""
+        return self.sparse and self.A.device.type == "cpu"
+
     def down(self) -> Down:
-        """A, and the router's rows where it reads x."""
+        """A, and the router's rows where it reads x; these alone where picked experts are computed by themselves."""
         exact = (self.router.rows(),) if self.router_input == "input" else ()
+        if self.grouped:
+            return Down((), exact)
         return Down((self.A,), exact, dropout=self.dropout if self.training else 0.0)
 
     def middle(self, latent: Tensor) -> Tensor:
@@ -102,9 +120,22 @@ class Bank(Factored):
             routing = self.router.route(logits)
         else:
             routing = self.router(latent)
-        routing = replace(routing, latent=latent, owner=self)
+        return self.mix(latent, self._reported(replace(routing, latent=latent)))
+
+    def added(self, x: Tensor, y: Tensor, latent: Tensor) -> Tensor:
+        """See `Factored.added`; of picked experts that are computed by themselves `latent` is the router's logits."""
+        if not self.grouped:
+            return super().added(x, y, latent)
+        routing = self._reported(self.router.route(latent))
+        gates, ids = routing.gates[:, 0].topk(cast("TopK", self.router.select).k, dim=1)
+        rows = F.dropout(x.reshape(-1, x.shape[-1]), self.dropout, self.training)
+        return add_grouped(y, rows, self.A, self.B, gates, ids, num_experts=self.router.num_experts, scale=self.scale)
+
+    def _reported(self, routing: Routing) -> Routing:
+        """Tells the current context what was routed, and by whom."""
+        routing = replace(routing, owner=self)
         report(routing, self, self.losses)
-        return self.mix(latent, routing)
+        return routing
 
     def up(self) -> tuple[Tensor, Tensor | None]:
         """B."""

@@ -5,7 +5,7 @@
     x --V--> latent (R) --middle--> mixed (R_b) --B--> + y
 
 An adapter says what V, B and the middle are; both wide products are done for all of them by `wide.py`, fused with those
-of the base where it is a frozen linear map, and by plain autograd elsewhere.
+of the base where it is a frozen linear map, and beside it elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from smore_cli.nn.adapted import Adapter, add_projection
+from smore_cli.nn.adapted import Adapter
+from smore_cli.nn.threads import one_thread
 from smore_cli.nn.wide import Reader, add_up, down, plain_down, supports, without_autocast
 
 if TYPE_CHECKING:
@@ -49,12 +50,9 @@ class Factored(Adapter):
         """Refuses an input (..., d_in) that the adapter cannot be right for."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + the update by plain autograd; see `Adapter.forward`."""
-        self.check(x)
+        """Returns y + the update; see `Adapter.forward`."""
         latent = plain_down(x.reshape(-1, x.shape[-1]), self.down())
-        with without_autocast(x.device):
-            mixed = self.middle(latent) * self.scale
-        return add_projection(y, mixed.to(y.dtype), *self.up())
+        return self.finish(x, y.reshape(-1, y.shape[-1]).clone(), latent)  # a copy, because it is added to in place
 
     def adapted(self, x: Tensor, base: nn.Module) -> Tensor:
         """Returns the base's output and the update; see `Adapter.adapted`."""
@@ -73,6 +71,10 @@ class Factored(Adapter):
         """
         self.check(x)
         with without_autocast(x.device):
+            return self.added(x, y, latent).view(*x.shape[:-1], y.shape[1])
+
+    def added(self, x: Tensor, y: Tensor, latent: Tensor) -> Tensor:
+        """Returns y + scale * (B middle(latent) + b), (N, d_out), in place of y; x is not looked at again."""
+        with one_thread(latent):
             mixed = self.middle(latent)
-            weight, bias = self.up()
-        return add_up(y, mixed, weight, bias, self.scale).view(*x.shape[:-1], y.shape[1])
+        return add_up(y, mixed, *self.up(), self.scale)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from smore_cli.nn.threads import one_thread
 from smore_cli.nn.tree_router import Choice
 
 if TYPE_CHECKING:
@@ -89,12 +90,13 @@ class _Recomputed(torch.autograd.Function):
         inputs, kept = saved[: 1 + len(ctx.names)], saved[1 + len(ctx.names) :]
         again = [Choice(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
         needs = ctx.needs_input_grad[3:]
-        with torch.enable_grad():
+        with one_thread(inputs[0]), torch.enable_grad():
             latent, *parameters = (each.detach().requires_grad_(n) for each, n in zip(inputs, needs, strict=True))
             # The values of then: whoever lends a module its parameters for a call has taken them back by now.
             lent = {f"tree.{name}": each for name, each in zip(ctx.names, parameters, strict=True)}
             outputs = _outputs(*functional_call(_Core(ctx.tree), lent, (latent, again)))
-        reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-        wanted = [tensor for tensor, need in zip((latent, *parameters), needs, strict=True) if need]
-        found = iter(torch.autograd.grad([o for o, _ in reached], wanted, [g for _, g in reached], allow_unused=True))
+            reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+            wanted = [tensor for tensor, need in zip((latent, *parameters), needs, strict=True) if need]
+            outs, slopes = ([pair[i] for pair in reached] for i in (0, 1))
+            found = iter(torch.autograd.grad(outs, wanted, slopes, allow_unused=True))
         return None, None, None, *(next(found) if need else None for need in needs)

@@ -102,12 +102,13 @@ def plain_down(x: Tensor, down: Down) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     with without_autocast(x.device):
         dropped = drop(x, down.dropout)[0].to(dtype)
-        weight = torch.cat(down.rows).to(dtype)
-        bias = torch.cat(down.bias).to(dtype) if down.bias else None
-        latent = F.linear(dropped, weight, bias).to(wide)
-        if not down.exact:
-            return latent
-        return torch.cat([latent, F.linear(x.to(wide), torch.cat(down.exact).to(wide))], 1)
+        found = []
+        if down.rows:
+            bias = torch.cat(down.bias).to(dtype) if down.bias else None
+            found.append(F.linear(dropped, torch.cat(down.rows).to(dtype), bias).to(wide))
+        if down.exact:
+            found.append(F.linear(x.to(wide), torch.cat(down.exact).to(wide)))
+        return _cat(found, 1)
 
 
 def down(x: Tensor, readers: Sequence[Reader]) -> list[tuple[Tensor, Tensor]]:
@@ -289,7 +290,8 @@ def _latents(flat: Tensor, downs: Sequence[Down]) -> Sequence[Tensor]:
 def _latents_apart(flat: Tensor, low: Tensor, downs: Sequence[Down]) -> list[Tensor]:
     """One product for the rows that see `low`, x with dropout or in half precision, and one for the exact ones."""
     wide = torch.promote_types(low.dtype, torch.float32)
-    h = torch.mm(low, _cat([part for down in downs for part in down.rows]).to(low.dtype).t()).to(wide)
+    rows = [part for down in downs for part in down.rows]
+    h = torch.mm(low, _cat(rows).to(low.dtype).t()).to(wide) if rows else low.new_empty(len(low), 0, dtype=wide)
     each = list(h.split([down.low for down in downs], 1))
     for own, down in zip(each, downs, strict=True):
         if down.bias:
