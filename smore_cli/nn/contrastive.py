@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.nn import functional as F
 
 from smore_cli.nn.bank import Bank
 
@@ -77,7 +76,7 @@ class ExpertContrastLoss:
     def _cosines(latent: Tensor, experts: Tensor, up: Tensor, num_experts: int) -> Tensor:
         """Returns the cosines of all pairs of anchors, (b, M k, M k), from latents (b, M, s r) and picks (b, M, k)."""
         rows = latent.view(*latent.shape[:2], num_experts, -1)  # (b, M, s, r)
-        own = F.one_hot(experts, num_experts).to(rows.dtype)  # (b, M, k, s)
+        own = (experts[..., None] == torch.arange(num_experts, device=experts.device)).to(rows.dtype)  # (b, M, k, s)
         alone = (own[..., None] * rows[:, :, None]).flatten(1, 2).flatten(2)  # (b, M k, s r), one expert's latent each
         products = (alone @ (up.t() @ up)) @ alone.mT
         # The small number keeps value and gradient finite, and the gradient zero, while B = 0.

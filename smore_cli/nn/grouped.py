@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["add_grouped", "grouping_pays"]
 
 ROWS_A_PICK = 160
-"""Rows of stacked experts that take as long as what a pick costs: on two cores, at 576 and at 2048, the grouped form was
-slower with 96 rows saved a pick (1.44, 1.30 of the stacked time) and no slower with 192 (1.04, 0.84)."""
+"""Rows of stacked experts that take as long as what a pick costs: on two cores, at 576 and at 2048, the grouped form
+was slower with 96 rows saved a pick (1.44, 1.30 of the stacked time) and no slower with 192 (1.04, 0.84)."""
 
 
 def grouping_pays(num_experts: int, rank: int, picks: int) -> bool:

@@ -1,9 +1,9 @@
 """Small operations on one thread.
 
-Between the two wide products of an adapter there are dozens of operations on a few numbers a token. Threads cannot help
-them, and to wake a sleeping one takes longer than most of them: at 1024 tokens, on two cores, the core of an S'MoRE tree
-took 10.0 ms forward and backward with two threads that sleep between operations and 7.5 ms with one. Threads that spin
-instead took 6.0 ms on an idle machine and 316 ms beside one busy process.
+Between the two wide products of an adapter there are dozens of operations on a few numbers a token. Threads cannot
+help them, and to wake a sleeping one takes longer than most of them: at 1024 tokens, on two cores, the core of an
+S'MoRE tree took 10.0 ms forward and backward with two threads that sleep between operations and 7.5 ms with one.
+Threads that spin instead took 6.0 ms on an idle machine and 316 ms beside one busy process.
 """
 
 from __future__ import annotations

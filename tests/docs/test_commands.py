@@ -38,6 +38,16 @@ from smore_cli.recipe import load_recipe
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = sorted([PROJECT / "README.md", *PROJECT.glob("docs/*.md")])
 OUTSIDE = {"make", "pip", "git", "cd"}
+# What makes a benchmark a test: every line of it runs, no figure means anything.
+TINY = {
+    "layer": ["--shapes", "32x32", "--blocks", "64", "--tokens", "16", "--methods", "mola", "smore"],
+    "step": ["--methods", "mola", "--batch", "1", "--tokens", "8"],
+    "scaling": ["--shape", "32x32", "--tokens", "16", "--longest", "32", "--sweeps", "mola: picks", "smore: fanout"],
+    "grouped": ["--shapes", "32x32", "--ranks", "4", "--tokens", "16"],
+    "decode": ["--shapes", "32x32", "--methods", "mola", "--new-tokens", "2"],
+    "gpu": ["--device", "cpu", "--tiny"],
+    "end_to_end": ["--methods", "mola", "--limit", "3", "--rows", "2"],
+}
 BLOCK = re.compile(
     r"(?:^<!-- (?P<note>[^\n]+) -->\n)?^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
@@ -89,6 +99,8 @@ def shortened(words: list[str]) -> list[str]:
         return [*words, *(word for setting in short for word in ("--set", setting))]
     if words[:2] in (["smore", "eval"], ["smore", "inspect-routing"]):
         return [*words, "--limit", "4"]
+    if words[0] == "python":
+        return [*words, *TINY[Path(words[1]).stem], "--repeats", "1"]
     return words
 
 
@@ -115,9 +127,9 @@ def run_command(command: Command, folder: Path, notes: dict[str, str]) -> None:
     words = shlex.split(command.line, comments=True)
     if words[0] in OUTSIDE:
         return
-    assert words[0] == "smore", f"no way to run {command.line!r} in a test"
+    assert words[0] == "smore" or words[:1] == ["python"], f"no way to run {command.line!r} in a test"
     expected = 130 if "stop" in notes else int(notes.get("exit", "0"))
-    argv = [sys.executable, "-m", "smore_cli", *shortened(words)[1:]]
+    argv = [sys.executable, *(["-m", "smore_cli"] if words[0] == "smore" else []), *shortened(words)[1:]]
     printed = " ".join(run(argv, folder, expected=expected, stop=notes.get("stop")).split())
     shown = [" ".join(line.split()) for line in command.output if line.strip() not in ("", "...")]
     missing = [line for line in shown if line not in printed]
@@ -145,6 +157,7 @@ def test_everything_a_page_shows_works(
     page: Path, tmp_path: Path, smollm2: Path, request: pytest.FixtureRequest
 ) -> None:
     shutil.copytree(PROJECT / "recipes", tmp_path / "recipes")
+    (tmp_path / "benchmarks").symlink_to(PROJECT / "benchmarks")
     for block in blocks(page):
         if "needs" in block.notes:
             (tmp_path / block.notes["needs"]).symlink_to(request.getfixturevalue("shared_data"))
