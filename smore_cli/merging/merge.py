@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from smore_cli.models.runs import Run
 
-__all__ = ["TOLERANCE", "Merged", "Method", "merge"]
+__all__ = ["TOLERANCE", "Merged", "Method", "merge", "refusing_existing", "require_close", "solved_layers"]
 
 Method = Literal["exact", "least-squares", "mean", "uniform"]
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-2}
@@ -104,10 +104,10 @@ def merge(
     written = model.dtype if dtype is None else getattr(torch, dtype)
     require_room(out, model, written, work=chosen == "least-squares")
     settings = (calibration, chosen, base_weights, str(run.model), str(run.quantization), _hash_of(reference))
-    with writing(out), _solved_layers(out, key_of(run.folder, *map(str, settings))) as work:
+    with writing(out), solved_layers(out, key_of(run.folder, *map(str, settings))) as work:
         linears = _merge(model, chosen, reference, calibration, work, say)
         place = model.device
-        with _refusing_existing(out), atomic_folder(out) as folder:
+        with refusing_existing(out), atomic_folder(out) as folder:
             write_model(model, tokenizer, folder, written, shard_size)
             del model  # the folder is reopened: never two models in memory
             gc.collect()
@@ -131,7 +131,7 @@ def merge(
                 peak_memory_bytes=peak_memory(),
             )
             del again
-            _require_close(merged, tolerance)
+            require_close(merged, tolerance)
             write_text(folder / MERGE_FILE, json.dumps(merged.document(), indent=1, sort_keys=True) + "\n")
             write_text(folder / "README.md", card(merged))
             write_manifest(folder)
@@ -192,7 +192,7 @@ def _describe_weights(run: Run, base_weights: str) -> str:
     return f"dequantised {kept} weights" if base_weights == "trained" else f"original weights, though trained on {kept}"
 
 
-def _require_close(merged: Merged, tolerance: float | None) -> None:
+def require_close(merged: Merged, tolerance: float | None) -> None:
     """Refuses a merge beyond the tolerance, and one that gives no numbers."""
     if tolerance is None:
         kind = "bfloat16" if merged.quantised else merged.dtype  # its kernels round on their own
@@ -204,7 +204,7 @@ def _require_close(merged: Merged, tolerance: float | None) -> None:
 
 
 @contextmanager
-def _solved_layers(out: Path, key: str) -> Iterator[Work]:
+def solved_layers(out: Path, key: str) -> Iterator[Work]:
     """Yields the work on a merge; it goes when the merge is done or has failed, and stays when it is killed."""
     work = Work.open(out, key)
     try:
@@ -216,7 +216,8 @@ def _solved_layers(out: Path, key: str) -> Iterator[Work]:
 
 
 @contextmanager
-def _refusing_existing(out: Path) -> Iterator[None]:
+def refusing_existing(out: Path) -> Iterator[None]:
+    """Inside: a folder that appears while it is made elsewhere is a mistake of the user's, in one line."""
     try:
         yield
     except FileExistsError as error:

@@ -107,7 +107,8 @@ def _solve(metric: Tensor, right: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(metric)
     keep = values > values[-1].clamp_min(0) * len(values) * torch.finfo(torch.float32).eps
     inverse = torch.where(keep, 1 / torch.where(keep, values, 1), 0)
-    return ((right @ vectors) * inverse) @ vectors.t()
+    least: Tensor = ((right @ vectors) * inverse) @ vectors.t()
+    return least
 
 
 @torch.no_grad()
