@@ -176,6 +176,8 @@ def _solve_layer(
     for group in _groups(streams[0], layers, number, maps):
         moments = _moments(streams, layers, number, {path: maps[path] for path in group}, outputs)
         for path in group:
+            outputs.pop(path, None)  # as large as the moments
+        for path in group:
             base = maps[path]
             intercept = solver.rank is None and getattr(base, "bias", None) is not None
             found = fit(moments, path, ridge=solver.ridge, prior=priors.get(path), intercept=intercept)
