@@ -133,6 +133,8 @@ def test_options_that_would_mean_nothing_are_refused(tiny_llama: Path, tmp_path:
     _refused(run, tmp_path / "out", "nothing to fit", method="least-squares")
     _refused(run, tmp_path / "out", "fits nothing", calibration=Calibration(tokens=100))
     _refused(run, tmp_path / "out", "--base-weights original changes nothing", base_weights="original")
+    routed = _run(tmp_path / "routed", tiny_llama, ROUTED)
+    _refused(routed, tmp_path / "out", "solves nothing", method="mean", calibration=Calibration(prior="mean"))
 
 
 def test_a_quantised_run_is_merged_into_the_weights_it_was_trained_on(tiny_llama: Path, tmp_path: Path) -> None:
@@ -268,3 +270,21 @@ def test_a_missing_backbone_and_one_of_another_size_are_one_line_each(tiny_llama
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(gone)
     _refused(run, tmp_path / "out", "was trained on a backbone of other sizes")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_mean_of_routing_loses_more_than_least_squares_does(tiny_llama: Path, tmp_path: Path) -> None:
+    run, found = _run(tmp_path / "run", tiny_llama, ROUTED), {}
+    for method in ("least-squares", "mean", "uniform"):
+        few = Calibration(tokens=1500)
+        found[method] = merge(run, tmp_path / method, method=method, calibration=few, device=CPU).difference.mean_kl
+    assert found["least-squares"] < 0.8 * min(found["mean"], found["uniform"])
+    assert found["mean"] != found["uniform"]
+
+
+def test_a_routed_run_on_4_bits_is_merged_into_the_weights_it_was_trained_on(tiny_llama: Path, tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", tiny_llama, ROUTED, quantization=QuantizationConfig())
+    few = Calibration(tokens=1500)
+    trained = merge(run, tmp_path / "trained", calibration=few, device=CPU)
+    original = merge(run, tmp_path / "original", calibration=few, base_weights="original", device=CPU)
+    assert trained.difference.mean_kl < original.difference.mean_kl
+    assert original.precision is not None
