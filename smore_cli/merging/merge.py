@@ -21,11 +21,12 @@ from smore_cli.errors import CheckFailed, UsageError
 from smore_cli.merging.calibration import Calibration, batches_of
 from smore_cli.merging.card import card
 from smore_cli.merging.dense import dequantise, fold, is_constant
+from smore_cli.merging.fitting import Solver
 from smore_cli.merging.mean_merge import merge_mean
 from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
 from smore_cli.merging.precision import precision_gap, require_quantised
 from smore_cli.merging.reference import NO_BENCHMARK, Benchmark, Reference, measure_reference
-from smore_cli.merging.sequential import Solver, merge_sequentially
+from smore_cli.merging.sequential import merge_sequentially
 from smore_cli.merging.work import Work, key_of
 from smore_cli.merging.writing import reopen, require_room, write_manifest, write_model
 from smore_cli.models.quantised import describe_quantization

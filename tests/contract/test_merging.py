@@ -12,8 +12,9 @@ from smore_cli.data.batch import Row
 from smore_cli.errors import UsageError
 from smore_cli.merging.calibration import Corpus, batches_of
 from smore_cli.merging.dense import fold, is_constant
+from smore_cli.merging.fitting import Solver
 from smore_cli.merging.mean_merge import merge_mean
-from smore_cli.merging.sequential import Solver, merge_sequentially
+from smore_cli.merging.sequential import merge_sequentially
 from smore_cli.merging.verdict import judge, read
 from smore_cli.merging.work import Work
 from smore_cli.methods import available_methods
