@@ -96,7 +96,7 @@ def _run_routed(
     adapted: dict[str, AdaptedModule],
     gates: MeanGates | None,
 ) -> dict[str, list[Tensor]]:
-    """Takes the routed streams through a layer; returns what its maps gave, batch by batch; `gates` gets its routing."""
+    """Takes the routed streams through a layer; returns what its maps gave, by batch; `gates` gets its routing."""
     outputs: dict[str, list[Tensor]] = {}
 
     def listen(path: str) -> Callable[..., None]:
