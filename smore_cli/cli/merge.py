@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,38 +14,85 @@ __all__ = ["merge_command"]
 def merge_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, or an adapter.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to write; must not exist.")],
+    method: Annotated[
+        Literal["exact", "least-squares", "mean", "uniform"] | None,
+        typer.Option("--method", help="Default: exact for what is the same for every token, else least-squares."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FILE", help="Fit to this text; default: the run's training mixture."),
+    ] = None,
+    format_name: Annotated[
+        str | None,
+        typer.Option("--format", metavar="F", help="How to read --calibration; default: as the run's own data."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option("--calibration-tokens", metavar="N", min=1, help="Tokens to fit to; default 16384.")
+    ] = None,
+    ridge: Annotated[
+        float | None,
+        typer.Option("--ridge", metavar="X", min=0, help="Pull towards the prior, relative to the inputs' square."),
+    ] = None,
+    prior: Annotated[
+        Literal["none", "mean"] | None,
+        typer.Option("--prior", help="What inputs that never occur get: nothing (default), or the mean expert."),
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
             "--tolerance",
             metavar="KL",
             min=0,
-            help="Mean KL in nats above which nothing is kept (exit 3); default: by weight type.",
+            help="Mean KL in nats from the adapter above which nothing is kept (exit 3).",
         ),
     ] = None,
-    full_precision: Annotated[
-        bool,
-        typer.Option("--full-precision", help="Merge a run of 4 or 8 bits into unquantised weights; says the change."),
-    ] = False,
+    base_weights: Annotated[
+        Literal["trained", "original"],
+        typer.Option("--base-weights", help="After 4- or 8-bit training: the dequantised weights, or the original."),
+    ] = "trained",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="Type of the written weights; default: the run's."),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Largest file of weights, as in 2GB.")
+    ] = "2GB",
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option("--benchmark", metavar="NAME", help="Score backbone, adapter and merge on this; may be repeated."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", metavar="DIR", help="Read the benchmark's questions from files here.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N questions of each benchmark.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Merge a LoRA adapter into its backbone: an ordinary model folder, reopened and compared before it is kept."""
+    """Merge an adapter into its backbone: an ordinary model folder, reopened and judged before it is kept."""
+    from smore_cli.cli.console import err
     from smore_cli.cli.console import out as console
+    from smore_cli.cli.merge_options import benchmark_of, calibration_of
+
+    options = calibration_of(calibration, format_name, calibration_tokens, ridge, prior)
+    questions = benchmark_of(benchmark, data_dir, limit)
+
     from smore_cli.merging.merge import merge
 
-    merged = merge(run, out, tolerance=tolerance, full_precision=full_precision)
+    merged = merge(
+        run,
+        out,
+        method=method,
+        calibration=options,
+        tolerance=tolerance,
+        base_weights=base_weights,
+        dtype=dtype,
+        shard_size=shard_size,
+        benchmark=questions,
+        say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
     if as_json:
         print(json.dumps(merged.document(), indent=1, sort_keys=True))
         return
-    apart = merged.difference
-    size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
-    for line in (
-        f"merged      {merged.run} into {merged.linears} linear maps of its backbone",
-        f"written     {out} ({size:,.0f} MB, {merged.dtype}), reopened with plain transformers",
-        f"difference  largest logit {apart.max_abs_logit:.1e}, mean KL {apart.mean_kl:.1e} nats, "
-        f"same first choice {100 * apart.top1_agreement:.2f} %",
-        f"            on {apart.tokens:,} tokens of {merged.text}",
-    ):
+    for line in merged.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if merged.precision is not None:
-        console.print(merged.precision.line(), markup=False, highlight=False, soft_wrap=True)

@@ -66,12 +66,16 @@ def precision_gap(run: Run, device: torch.device | None = None) -> PrecisionGap:
     return PrecisionGap(describe_quantization(run.quantization), difference(*found), text.origin)
 
 
-def require_quantised(run: Run) -> None:
+def require_quantised(run: Run, option: str = "--full-precision") -> None:
     """Refuses a run that has full-precision weights anyway.
+
+    Args:
+        run: the run.
+        option: what asked for them.
 
     Raises:
         UsageError: its backbone was not quantised.
     """
     if run.quantization is None:
-        problem = f"{run.folder} was trained on a full-precision backbone, so --full-precision changes nothing"
+        problem = f"{run.folder} was trained on a full-precision backbone, so {option} changes nothing"
         raise UsageError(problem, "leave it out")

@@ -99,6 +99,11 @@ class MethodConfig(BaseModel):
         """How many groups of training rows it tells apart (the data must name each row's); None: it asks for none."""
         return None
 
+    @property
+    def depends_on(self) -> str:
+        """What the update depends on, so that no single matrix equals it."""
+        return "the token"
+
     @abstractmethod
     def build(self, site: Site) -> Adapter:
         """Returns the freshly initialised adapter of one site (float32)."""

@@ -124,6 +124,11 @@ class TRexConfig(MethodConfig):
         """K, pairs of a down and an up vector."""
         return self.num_down * self.num_up
 
+    @property
+    def depends_on(self) -> str:
+        """The token and its prompt; with lam = 0 the prompt alone."""
+        return "the token" if self.prior == "none" else "the token and on its prompt's likeness to the clusters"
+
     def build(self, site: Site) -> Adapter:
         """Returns a `PriorBank` with a grid core; B, R, omega and g are zero."""
         from smore_cli.nn.prior import PriorBank, PriorRouter

@@ -53,6 +53,23 @@ class Adapter(nn.Module, ABC):
         """
         return cast("Tensor", self(x, base(x)))
 
+    def inner_outputs(self, x: Tensor, base: nn.Module) -> dict[str, Tensor]:
+        """Returns what the maps within the adapted module should give for x were they plain linear maps, by name.
+
+        All but the last, whose output is the module's own: a merge fits each map to it. An adapter of a linear map has
+        none.
+
+        Args:
+            x: (..., d_in) input of the base.
+            base: the frozen module.
+        """
+        return {}
+
+    @property
+    def constant(self) -> bool:
+        """Whether the update is the same matrix for every token, so that it can be added to the weight."""
+        return False
+
     def silent_at_start(self) -> frozenset[str]:
         """Names of the parameters whose very first gradient is exactly zero, as A's is while B = 0."""
         return frozenset()

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from smore_cli.nn.factored import Factored
-from smore_cli.nn.router import report
+from smore_cli.nn.router import Router, report
 from smore_cli.nn.wide import Down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from smore_cli.nn.router import Router, RouterLoss, Routing
+    from smore_cli.nn.router import RouterLoss, Routing
 
 __all__ = ["BLOCK_EXPERTS", "Bank", "block"]
 
@@ -113,6 +113,11 @@ class Bank(Factored):
     def mix(self, latent: Tensor, routing: Routing) -> Tensor:
         """Returns core(latent, gates), (N, R_b)."""
         return self.core(latent, routing.gates)
+
+    @property
+    def constant(self) -> bool:
+        """With one expert, whose gate is 1 whatever the router says."""
+        return type(self.router) is Router and self.router.num_experts == 1 and self.core is block
 
     def silent_at_start(self) -> frozenset[str]:
         """While B = 0 only B has a gradient, and the router where a loss of its own reaches it."""

@@ -137,6 +137,21 @@ class GatedExperts(Adapter):
         )
         return add_projection(mlp.down_proj(mixed.view(gate.shape)), latent * self.scale, self.down_B)
 
+    def inner_outputs(self, x: Tensor, base: nn.Module) -> dict[str, Tensor]:
+        """Returns W x + scale sum_k w_k B_k A_k x for W1 and W3: the experts' inputs of `act`, mixed before it.
+
+        Mixing before `act` is not mixing after it; the last map is fitted to what the MLP gives, and makes up for it.
+        """
+        weights = self.router(x).gates[:, 0].to(x.dtype)  # (N, s)
+        rows, mlp = x.reshape(-1, x.shape[-1]), cast("Any", base)
+        each = weights.repeat_interleave(self.rank, 1) * self.scale  # (N, s r)
+        found = {}
+        for name in ("gate", "up"):
+            A, B = self.get_parameter(f"{name}_A").to(x.dtype), self.get_parameter(f"{name}_B").to(x.dtype)
+            plain = getattr(mlp, f"{name}_proj")(x)
+            found[f"{name}_proj"] = add_projection(plain, F.linear(rows, A) * each, B)
+        return found
+
     def _mix(
         self, gate: Tensor, up: Tensor, h1: Tensor, h3: Tensor, weights: Tensor, act: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,11 @@ class LowRank(Factored):
         """B."""
         return self.lora_B, None
 
+    @property
+    def constant(self) -> bool:
+        """Always: nothing is routed."""
+        return True
+
     def dropped(self, x: Tensor) -> Tensor:
         """Returns x with elements dropped, while training."""
         return F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from smore_cli.errors import UsageError
-from smore_cli.merging.dense import merge_lora
+from smore_cli.merging.dense import fold
 from smore_cli.merging.merge import merge
 from smore_cli.methods import MethodConfig
 from smore_cli.methods.lora import LoRAConfig
@@ -42,7 +42,7 @@ def _assert_merge_is_exact(model: Any, config: LoRAConfig, count: int) -> None:
     plain = _logits(model)
     _attach(model, config)
     adapted = _logits(model)
-    assert merge_lora(model) == count
+    assert fold(model) == count
     assert adapted_modules(model) == {}
     assert (adapted - plain).abs().max() > 0.01
     torch.testing.assert_close(_logits(model), adapted, rtol=0, atol=2e-5)
@@ -71,7 +71,7 @@ def test_merging_into_a_tied_head_leaves_the_embedding_alone(tmp_path: Path) -> 
     attach(model, LoRAConfig(rank=2, target_modules=["c_fc"]))  # `lm_head` itself is no target: adapt it by hand
     model.lm_head = _adapted_head(model)
     adapted = _logits(model)
-    merge_lora(model)
+    fold(model)
     assert torch.equal(model.transformer.wte.weight, embedding)
     assert not torch.equal(model.lm_head.weight, embedding)
     torch.testing.assert_close(_logits(model), adapted, rtol=0, atol=2e-5)
@@ -97,7 +97,7 @@ def test_the_weight_is_rounded_once(tiny_llama: Path) -> None:
     layer = adapted_modules(model)["model.layers.0.self_attn.q_proj"]
     adapter: Any = layer.adapters["default"]
     exact = layer.weight.double() + 2.0 * adapter.lora_B.double() @ adapter.lora_A.double()
-    merge_lora(model)
+    fold(model)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, exact.to(torch.bfloat16))
 
 
@@ -108,7 +108,7 @@ def test_doras_weight_is_normalised_in_float64_and_rounded_once(tiny_llama: Path
     adapter: Any = layer.adapters["default"]
     direction = layer.weight.double() + 2.0 * adapter.lora_B.double() @ adapter.lora_A.double()
     exact = adapter.lora_magnitude_vector.double()[:, None] * direction / direction.norm(dim=1, keepdim=True)
-    merge_lora(model)
+    fold(model)
     merged = model.model.layers[0].self_attn.q_proj.weight
     # Two orders of float64 operations may fall on two sides of a rounding boundary, no more than that.
     assert (merged != exact.to(torch.bfloat16)).float().mean() < 0.01
@@ -134,8 +134,8 @@ def test_a_routed_adapter_is_refused_and_nothing_changes(tiny_llama: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     _attach(model, SMoREConfig(rank=[2], num_experts=[3], fanout=[2]))
     before = _logits(model)
-    with pytest.raises(UsageError, match="only a LoRA adapter"):
-        merge_lora(model)
+    with pytest.raises(UsageError, match="depends on the token"):
+        fold(model)
     assert torch.equal(_logits(model), before)
 
 
@@ -143,4 +143,4 @@ def test_quantised_weights_are_refused(tiny_llama: Path) -> None:
     model = load_backbone(ModelConfig(name_or_path=str(tiny_llama)), QuantizationConfig(), torch.device("cpu")).model
     _attach(model, LoRAConfig(rank=2))
     with pytest.raises(UsageError, match="quantised"):
-        merge_lora(model)
+        fold(model)

@@ -1,0 +1,178 @@
+"""Any adapter as a true PEFT LoRA: exactly for LoRA and DoRA, by reduced-rank regression for routed ones.
+
+    routed    D of least squares, layer by layer, and of it the best rank-r part for the inputs that occur: B A
+              (`merging.sequential`; what a layer misses at this rank, the next ones are fitted around)
+    in PEFT   lora_B = B, lora_A = A, lora_alpha = r, so that the scale is 1
+
+The folder is reopened beside a fresh backbone and judged like a merged model.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from smore_cli.atomic import atomic_folder, write_text, writing
+from smore_cli.errors import UsageError
+from smore_cli.merging.calibration import Calibration, batches_of
+from smore_cli.merging.card import card
+from smore_cli.merging.dense import adapters_of, dequantise
+from smore_cli.merging.merge import refusing_existing, require_close, solved_layers
+from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
+from smore_cli.merging.reference import NO_BENCHMARK, Benchmark, Reference, measure_reference
+from smore_cli.merging.sequential import MapResult, Solver, merge_sequentially
+from smore_cli.merging.work import key_of
+from smore_cli.merging.writing import write_manifest
+from smore_cli.methods.lora import LoRAConfig
+from smore_cli.models.adapter_files import load_adapter, save_adapter
+from smore_cli.models.load import load_backbone
+from smore_cli.models.quantised import describe_quantization
+from smore_cli.models.runs import open_run
+from smore_cli.models.tokenizer_files import save_tokenizer
+from smore_cli.nn import attach, detach
+from smore_cli.nn.full_copy import FullCopy
+from smore_cli.nn.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from smore_cli.merging.work import Work
+    from smore_cli.models.runs import Run
+
+__all__ = ["export_peft"]
+
+
+def export_peft(
+    path: Path,
+    out: Path,
+    *,
+    rank: int = 16,
+    options: Calibration | None = None,
+    tolerance: float | None = None,
+    benchmark: Benchmark = NO_BENCHMARK,
+    say: Callable[[str], None] = lambda line: None,
+    device: torch.device | None = None,
+) -> Merged:
+    """Writes the adapter of a run as a PEFT LoRA folder.
+
+    Args:
+        path: a run, a checkpoint or an adapter folder.
+        out: must not exist.
+        rank: of the LoRA that stands in for a routed adapter; one of LoRA or DoRA keeps its own.
+        options: what a routed adapter is fitted to, and how; default: `Calibration()`.
+        tolerance: largest mean KL in nats of the LoRA from the adapter; default: for exact ones as for a merge.
+        benchmark: to score backbone, adapter and LoRA on.
+        say: takes lines of progress.
+        device: default: the first CUDA device, else the CPU.
+
+    Raises:
+        UsageError: it cannot be, or `out` exists; nothing was written.
+        CheckFailed: the LoRA differs by more than the tolerance; nothing is left of it.
+        SmoreError: the folder could not be written; nothing is left of it.
+    """
+    if out.exists():
+        raise UsageError(f"{out} already exists", "name a new folder; an export replaces nothing")
+    run = open_run(path)
+    model, tokenizer = run.load(device)
+    exact = all(isinstance(module.adapter("default"), LowRank | FullCopy) for module in adapters_of(model).values())
+    if exact and options is not None:
+        raise UsageError("a LoRA is exported as it is, so there is nothing to calibrate", "leave out its options")
+    options = options or Calibration()
+    reference = measure_reference(run, model, tokenizer, options, benchmark, say)
+    config = cast("LoRAConfig", run.adapter.config(model)) if exact else None
+    rows = reference.texts.calibration.rows
+    key = key_of(run.folder, "peft", rank, str(options), str(run.model), str(run.quantization), str(rows))
+    place = model.device
+    with writing(out), solved_layers(out, key) as work:
+        if config is None:
+            config = _fit(run, model, reference, rank, options, work, say)
+        with refusing_existing(out), atomic_folder(out) as folder:
+            save_adapter(model, config, folder, base=run.model)
+            save_tokenizer(tokenizer, folder)
+            linears = sum(isinstance(module.adapter("default"), LowRank) for module in adapters_of(model).values())
+            del model
+            gc.collect()
+            again = _reopen(run, folder, place)
+            verdict = reference.judged_by(again)
+            merged = Merged(
+                out=out,
+                run=run.folder,
+                adapter=run.adapter.method,
+                backbone=run.model.name_or_path,
+                method="exact" if exact else "least-squares",
+                linears=linears,
+                dtype=str(again.dtype).removeprefix("torch."),
+                quantised=run.quantization is not None,
+                weights=f"beside the backbone's {describe_quantization(run.quantization)} weights",
+                verdict=verdict,
+                calibration=None if exact else reference.describe_calibration(options),
+                benchmarks=reference.scored(again, tokenizer, benchmark, say),
+                precision=None,
+                peak_memory_bytes=peak_memory(),
+                rank=config.rank,
+            )
+            del again
+            require_close(merged, tolerance)
+            write_text(folder / MERGE_FILE, json.dumps(merged.document(), indent=1, sort_keys=True) + "\n")
+            write_text(folder / "README.md", card(merged))
+            write_manifest(folder)
+    return merged
+
+
+def _fit(
+    run: Run,
+    model: PreTrainedModel,
+    reference: Reference,
+    rank: int,
+    options: Calibration,
+    work: Work,
+    say: Callable[[str], None],
+) -> LoRAConfig:
+    """Replaces the routed adapter of a model by the LoRA that is nearest to it; returns its settings."""
+    copies = {
+        path: {name: tensor.detach().clone() for name, tensor in adapter.copy.state_dict().items()}
+        for path, module in adapters_of(model).items()
+        if isinstance(adapter := module.adapter("default"), FullCopy)
+    }
+    if run.quantization is not None:
+        dequantise(model)
+    corpus = reference.texts.calibration
+    say(f"fitted to {corpus.tokens:,} tokens of {corpus.origin}")
+    batches = batches_of(corpus.rows, reference.pad_token_id)
+    saved = run.adapter.config(model).modules_to_save
+    found = merge_sequentially(model, batches, Solver(options.ridge, options.prior, rank), work, say)
+    detach(model)
+    config = LoRAConfig(target_modules=list(found), rank=rank, alpha=float(rank), modules_to_save=saved)
+    attach(model, config)
+    _fill(model, found, copies)
+    return config
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, found: dict[str, MapResult], copies: dict[str, dict[str, Tensor]]) -> None:
+    """Gives a fresh LoRA the factors that were found, and what was trained whole."""
+    for path, module in adapters_of(model).items():
+        adapter = module.adapter("default")
+        if isinstance(adapter, FullCopy):
+            adapter.copy.load_state_dict(copies[path])
+            continue
+        lora, factors = cast("LowRank", adapter), found[path].factors
+        if factors is None or factors[0].shape != lora.lora_B.shape:
+            widths = " and ".join(map(str, (lora.lora_B.shape[0], lora.lora_A.shape[1])))
+            raise UsageError(f"--rank: {path} has widths {widths}, so no rank {lora.lora_A.shape[0]}", "lower it")
+        lora.lora_B.copy_(factors[0])
+        lora.lora_A.copy_(factors[1])
+
+
+def _reopen(run: Run, folder: Path, device: torch.device) -> PreTrainedModel:
+    """Loads what was written beside the backbone as it was trained."""
+    backbone = load_backbone(run.model, run.quantization, device)
+    load_adapter(backbone.model, folder)
+    return backbone.model
