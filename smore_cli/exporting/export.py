@@ -14,9 +14,10 @@ from smore_cli import __version__
 from smore_cli.errors import CheckFailed, UsageError
 from smore_cli.exporting.card import export_card
 from smore_cli.exporting.compare import Verdict, answers, judge
-from smore_cli.exporting.folder import new_folder, write_manifest
+from smore_cli.exporting.folder import new_folder
 from smore_cli.exporting.formats import Options, Written
 from smore_cli.merging.text import comparison_text
+from smore_cli.merging.writing import write_manifest
 from smore_cli.models.load import load_tokenizer
 from smore_cli.models.runs import open_run
 
@@ -35,7 +36,8 @@ FORMATS = {
     "gguf": "gguf_export:write_gguf",
 }
 """Name of a format: module in this package, and the function in it that writes one."""
-_ONLY = {"rank": "peft", "type": "gguf"}
+_ONLY = {"rank": ("peft",), "type": ("gguf",), "calibration": ("peft", "hf", "gguf")}
+"""Formats that read an option."""
 PROMPTS, PROMPT_TOKENS = 6, 64
 """How many prompts --verify continues, and their length at most."""
 
@@ -83,7 +85,7 @@ def export(
         path: a run, a checkpoint or an adapter folder.
         out: must not exist.
         to: the format, one of `FORMATS`.
-        options: rank, type, device, and whether to verify.
+        options: what else was asked for.
         tolerance: mean difference of log-probabilities, in nats, that is allowed; default: the format's.
 
     Raises:
@@ -118,9 +120,9 @@ def _require_options(to: str, options: Options, tolerance: float | None) -> None
     """Refuses what this format would not read."""
     if to not in FORMATS:
         raise UsageError(f"--to {to} is no format", f"there are: {', '.join(FORMATS)}")
-    for name, owner in _ONLY.items():
-        if getattr(options, name) is not None and to != owner:
-            raise UsageError(f"--{name} belongs to --to {owner}, and this is --to {to}", "leave it out")
+    for name, owners in _ONLY.items():
+        if getattr(options, name) is not None and to not in owners:
+            raise UsageError(f"--{name} is for --to {' and '.join(owners)}, and this is --to {to}", "leave it out")
     if tolerance is not None and not options.verify:
         raise UsageError("--tolerance is what --verify allows", "add --verify")
 

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     import torch
 
     from smore_cli.exporting.compare import Writer
+    from smore_cli.merging.calibration import Calibration
 
-__all__ = ["Options", "Written"]
+__all__ = ["OPEN_MODEL", "Options", "Written"]
+
+OPEN_MODEL = (
+    'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
+)
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,16 @@ class Options:
         rank: of a PEFT LoRA.
         type: of the numbers in a GGUF file.
         verify: whether the files will be opened by the program they are for.
+        calibration: what a routed adapter is fitted to where it is merged; None: the default.
+        say: takes lines of progress.
         device: where models are loaded.
     """
 
     rank: int | None = None
     type: str | None = None
     verify: bool = False
+    calibration: Calibration | None = None
+    say: Callable[[str], None] = lambda line: None
     device: torch.device | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from smore_cli.exporting.gguf_model import LlamaNames, write_tensors
 from smore_cli.nn import adapted_modules
@@ -47,6 +47,6 @@ def write_adapter(model: nn.Module, out: Path, kind: str, names: LlamaNames, nam
     made: list[tuple[str, Callable[[], Tensor]]] = []
     for path, adapter in adapters.items():
         weight = f"{path}.weight"
-        halves: dict[str, Any] = {"a": adapter.lora_A.detach(), "b": names.laid_out(weight, adapter.lora_B.detach())}
-        made += [(f"{names.name(weight)}.lora_{half}", lambda tensor=tensor: tensor) for half, tensor in halves.items()]
+        halves: dict[str, Tensor] = {"a": adapter.lora_A, "b": names.laid_out(weight, adapter.lora_B)}
+        made += [(f"{names.name(weight)}.lora_{half}", tensor.detach) for half, tensor in halves.items()]
     write_tensors(writer, made, kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from smore_cli.exporting.gguf_model import NUMBERS, LlamaNames, gguf_bytes, requ
 from smore_cli.exporting.gguf_tokenizer import read_tokenizer
 from smore_cli.exporting.llama_cpp import LlamaCpp, require_llama_cpp
 from smore_cli.exporting.merged import load_plain, merge_into
+from smore_cli.merging.outcome import MERGE_FILE
 from smore_cli.models.load import load_skeleton, load_tokenizer
 
 if TYPE_CHECKING:
@@ -48,8 +48,10 @@ def write_gguf(run: Run, folder: Path, options: Options) -> Written:
     numbers = sum(parameter.numel() for parameter in skeleton.parameters())
     require_space(folder, gguf_bytes(numbers, kind) + 4 * numbers)  # the merged folder lies beside it for a while
     scratch = folder / "merged"
-    merged = merge_into(run, scratch, options)
-    shutil.copy(scratch / "merge.json", folder)
+    scratch.mkdir()
+    merge_into(run, scratch, options)
+    for name in (MERGE_FILE, "README.md"):
+        shutil.copy(scratch / name, folder)
     name = Path(run.model.name_or_path).name
     model_file = folder / f"model-{kind}.gguf"
     write_model(scratch, model_file, kind, kept, f"{name} with a merged {run.adapter.method} adapter")
@@ -60,10 +62,10 @@ def write_gguf(run: Run, folder: Path, options: Options) -> Written:
         what=what,
         use=f"llama-cli -m {model_file.name}",
         consumer="llama.cpp",
-        ours=lambda: greedy(load_plain(scratch, options.device)),
+        ours=lambda: greedy(load_plain(scratch, options)),
         theirs=lambda prompts: _open(model_file, tokenizer, prompts),
         tolerance=TOLERANCE[kind],
-        facts={"type": kind, "tokenizer": kept.pre, "merge": merged},
+        facts={"type": kind, "tokenizer": kept.pre},
         scratch=scratch,
     )
 
@@ -85,7 +87,7 @@ def _open(file: Path, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list
     """
     model = LlamaCpp(file)
     for ids in prompts:
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         ours, theirs = tokenizer(text).input_ids, model.tokens(text)
         if ours != theirs:
             problem = f"llama.cpp makes {len(theirs)} other tokens of {text[:40]!r}, where ours makes {len(ours)}"

@@ -7,10 +7,10 @@ types       matrices in the type asked for, vectors in float32
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from smore_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     import numpy as np
@@ -127,7 +127,7 @@ def write_model(folder: Path, out: Path, kind: str, tokenizer: GgufTokenizer, na
     with ExitStack() as files:
         tensors = _Tensors(folder, files)
         made: list[tuple[str, Callable[[], Tensor]]] = [
-            (names.name(path), lambda path=path: names.laid_out(path, tensors.read(path)))
+            (names.name(path), partial(_read, names, tensors, path))
             for path in tensors.names
             if not (path == "lm_head.weight" and config.tie_word_embeddings)
         ]
@@ -165,6 +165,10 @@ def _stored(tensor: Tensor, kind: str) -> tuple[np.ndarray[Any, Any], GGMLQuanti
         chosen = "f16"  # blocks of 32 do not fit: llama.cpp's converter falls back to the same
     stored = GGMLQuantizationType[chosen.upper()]
     return quants.quantize(wide, stored), stored
+
+
+def _read(names: LlamaNames, tensors: _Tensors, path: str) -> Tensor:
+    return names.laid_out(path, tensors.read(path))
 
 
 class _Tensors:
@@ -207,11 +211,12 @@ def _add_settings(writer: GGUFWriter, config: PreTrainedConfig) -> None:
 
 
 def _llama3_factors(config: PreTrainedConfig) -> Tensor:
-    """Returns by what each frequency is divided (Llama 3.1): long waves by the factor, short ones by 1, smooth between."""
+    """Returns by what each frequency is divided (Llama 3.1): long waves by the factor, short by 1, smooth between."""
     rope = config.rope_parameters
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wave = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, head, 2).double() / head)  # (head / 2,) tokens a turn
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / wave
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    factors: Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors.float()

@@ -123,8 +123,8 @@ def _pre_tokenizer(values: dict[str, Any] | None) -> str:
     rules = [_rule(part) for part in parts]
     if (name := _NAMES.get(json.dumps(rules))) is None:
         shown = ", ".join(rules) or "none"
-        raise UsageError(f"the tokenizer's rules for splitting text ({shown}) have no name that smore knows in llama.cpp",
-                         f"known are those of: {', '.join(_NAMES.values())}")  # fmt: skip
+        problem = f"the tokenizer's rules for splitting text ({shown}) have no name that smore knows in llama.cpp"
+        raise UsageError(problem, f"known are those of: {', '.join(_NAMES.values())}")
     return name
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from smore_cli.exporting.compare import greedy
 from smore_cli.exporting.folder import require_space
-from smore_cli.exporting.formats import Options, Written
+from smore_cli.exporting.formats import OPEN_MODEL, Options, Written
 from smore_cli.exporting.merged import load_plain
 from smore_cli.exporting.source import load_dense
 from smore_cli.exporting.stock_moe import require_stock_moe, stock_moe_bytes, write_stock_moe
@@ -42,10 +42,10 @@ def write_hf_moe(run: Run, folder: Path, options: Options) -> Written:
     return Written(
         what=f"{twin.model_type}: {config.num_experts} experts a layer, {config.top_k} a token, {dtype}, exact but for "
         "rounding",
-        use='from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        use=OPEN_MODEL,
         consumer="transformers",
         ours=lambda: greedy(load_dense(run, options.device)[0]),
-        theirs=lambda _: greedy(load_plain(folder, options.device)),
+        theirs=lambda _: greedy(load_plain(folder, options)),
         tolerance=TOLERANCE[dtype],
         facts={"architecture": twin.model_type, "dtype": dtype, "num_experts": config.num_experts},
     )

@@ -57,10 +57,6 @@ class LlamaCpp:
             settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = xllamacpp.Server(settings)
 
-    def writer(self) -> Writer:
-        """Returns what continues greedily."""
-        return self._write
-
     def tokens(self, text: str) -> list[int]:
         """Returns what llama.cpp's tokenizer makes of a text, special tokens in it included."""
         found: list[int] = self._ask("tokenize", {"content": text, "add_special": True, "parse_special": True})[

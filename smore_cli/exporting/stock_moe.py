@@ -16,6 +16,7 @@ import torch
 from smore_cli.errors import UsageError
 from smore_cli.exporting.shards import write_shards
 from smore_cli.exporting.stock_twins import Twin, twin_config, twin_of
+from smore_cli.merging.dense import set_weight
 from smore_cli.methods.mixlora import MixLoRAConfig
 from smore_cli.models.quiet import quiet
 from smore_cli.nn import adapted_modules, detach
@@ -49,8 +50,8 @@ def require_stock_moe(config: MethodConfig) -> MixLoRAConfig:
         why = "its experts do not stand around a whole feed-forward network with one router"
         raise UsageError(f"a {config.method} adapter is no stock mixture of experts: {why}", hint)
     if config.router != "top_k":
-        why = {"top_p": "gives tokens different numbers of experts", "switch": "adds a part of one expert's change"}
-        problem = f"router {config.router} {why[config.router]}, stock mixtures weight a fixed number, summing to one"
+        does = {"top_p": "gives tokens different numbers of experts", "switch": "adds a part of one expert's change"}
+        problem = f"router {config.router} {does[config.router]}, stock mixtures weight a fixed number, summing to one"
         raise UsageError(problem, hint)
     if not config.renormalised and config.num_experts > 1:
         raise UsageError("without renormalise the weights do not sum to one, as those of stock mixtures do", hint)
@@ -104,8 +105,7 @@ def _merged_but_experts(model: PreTrainedModel) -> dict[int, GatedExperts]:
             module.base.load_state_dict(adapter.copy.state_dict())
         else:
             _untie(model, module.base)
-            merged = cast("LowRank", adapter).merged_weight(dense_weight(module.base))  # float64
-            module.weight.copy_(merged.to(module.weight.dtype))
+            set_weight(module.base, cast("LowRank", adapter).merged_weight(dense_weight(module.base)))
     detach(model)
     return experts
 

@@ -62,11 +62,29 @@ _TWINS = {
     "qwen3": Twin("qwen3_moe", "moe_intermediate_size", "model.layers.{}.mlp", _QWEN_MAPS),
 }
 
-_SAME = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings attention_dropout "
-    "attention_bias rope_parameters sliding_window pad_token_id bos_token_id eos_token_id dtype"
-).split()
+_SAME = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "attention_bias",
+    "rope_parameters",
+    "sliding_window",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+]
 
 
 def twin_of(config: PreTrainedConfig) -> Twin:
