@@ -34,6 +34,7 @@ _COMMANDS = {
     "train": "train:train_command",
     "eval": "eval:eval_command",
     "merge": "merge:merge_command",
+    "export": "export:export_command",
     "import": "import_adapter:import_command",
     "inspect-routing": "inspect_routing:inspect_routing_command",
     "recipe": "recipe:app",

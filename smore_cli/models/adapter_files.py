@@ -1,7 +1,8 @@
 """An adapter on disk: adapter_config.json and adapter_model.safetensors.
 
     method: lora   PEFT's own format and names, base_model.model.<path>.lora_A.weight; PEFT loads it and we load PEFT's
-    routed         {"method": ..., its fields ..., "base_model_name_or_path", "revision", "smore_version"},
+    routed         {"method": ..., its fields ..., "base_model_name_or_path", "revision", "smore_version",
+                   "peft_type": by which PEFT finds them},
                    tensors named <path>.<parameter>, and prior.centroids where sequences have a prior
     both           what `modules_to_save` names, whole, under the tensors' own names in the backbone
 
@@ -11,6 +12,7 @@ Keys are sorted and nothing depends on time or machine, so equal adapters are eq
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +27,12 @@ from smore_cli.atomic import write_bytes, write_text
 from smore_cli.errors import AdapterError
 from smore_cli.methods import MethodConfig, config_from_dict
 from smore_cli.methods.lora import LoRAConfig
-from smore_cli.models.peft_format import from_peft, is_peft, peft_name, peft_saved_name, to_peft
+from smore_cli.models.peft_format import OUR_PEFT_TYPE, from_peft, is_peft, peft_name, peft_saved_name, to_peft
 from smore_cli.models.source import one_line
 from smore_cli.nn import adapted_modules, attach, detach
+from smore_cli.nn.attach import find_targets, sites_of
 from smore_cli.nn.full_copy import FullCopy
+from smore_cli.nn.naming import routed_tensors
 from smore_cli.nn.prior_hooks import priors_of
 from smore_cli.recipe.schema import ModelConfig
 
@@ -40,7 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterFolder", "load_adapter", "load_adapter_state", "save_adapter"]
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_OURS = ("base_model_name_or_path", "revision", "smore_version")
+_BELIEVED = 100_000_000  # numbers that may be allocated before their file is compared
+_OURS = ("base_model_name_or_path", "peft_type", "revision", "smore_version")
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class AdapterFolder:
             raise AdapterError(f"adapter folder {folder} {what}", "give the folder of a finished run or of an adapter")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AdapterError(f"{path} is not JSON: {one_line(error)}") from error
         if not isinstance(values, dict) or not (is_peft(values) or "method" in values):
             raise AdapterError(f"{path} names neither a method nor a peft_type", "is it an adapter's config?")
@@ -85,7 +90,8 @@ class AdapterFolder:
         name = self.values.get("base_model_name_or_path")
         if not name:
             raise AdapterError(f"adapter {self.folder} does not say which backbone it belongs to")
-        return ModelConfig(name_or_path=str(name), revision=self.values.get("revision"))
+        revision = self.values.get("revision")
+        return ModelConfig(name_or_path=str(name), revision=None if revision is None else str(revision))
 
     @property
     def method(self) -> str:
@@ -109,6 +115,19 @@ class AdapterFolder:
             by = self.values.get("smore_version", "an unknown version")
             problem = f"{self.folder / CONFIG_FILE}: {field}: {first['msg']}"
             raise AdapterError(problem, f"it was written by smore {by}; this is {__version__}") from error
+
+    def require_size(self, model: nn.Module, config: MethodConfig) -> None:
+        """Refuses settings that ask for more numbers than the file holds, before any of them takes memory.
+
+        Raises:
+            AdapterError: with both counts.
+        """
+        sites = sites_of(model, find_targets(model, config.target_modules, config.sites))
+        asked = sum(config.num_parameters(site) for site in sites.values())
+        held = sum(math.prod(shape) for shape in self._shapes().values())
+        if asked > max(held, _BELIEVED):  # smaller mistakes are told tensor by tensor
+            problem = f"adapter {self.folder}: its config asks for {asked:,} numbers, its file holds {held:,}"
+            raise AdapterError(problem, f"it is damaged, or not for this backbone but {self.base.name_or_path}")
 
     def read_into(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Fills the parameters, each by its name in the file; nothing is changed unless everything fits.
@@ -182,6 +201,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "default")
     """
     adapter = AdapterFolder.open(folder)
     config = adapter.config(model)
+    adapter.require_size(model, config)
     attach(model, config, name=name)
     try:
         _make_room_for_prior(model, adapter, name)
@@ -212,21 +232,17 @@ def _make_room_for_prior(model: nn.Module, adapter: AdapterFolder, name: str) ->
 
 def _parameters(model: nn.Module, config: MethodConfig, name: str) -> dict[str, torch.Tensor]:
     """Returns an adapter's parameters, and what its prior holds, by their names in the file."""
-    peft = isinstance(config, LoRAConfig)
+    if not isinstance(config, LoRAConfig):
+        return routed_tensors(model, name)
     parameters: dict[str, torch.Tensor] = {}
     for path, module in adapted_modules(model).items():
         if name not in module.adapters:
             continue
         adapter = module.adapter(name)
         if isinstance(adapter, FullCopy):
-            rename = peft_saved_name if peft else "{}.{}".format
-            state = adapter.saved_state()
+            parameters |= {peft_saved_name(path, key): tensor for key, tensor in adapter.saved_state().items()}
         else:
-            rename = peft_name if peft else "{}.{}".format
-            state = module.adapter_state(name)
-        parameters |= {rename(path, key): parameter for key, parameter in state.items()}
-    if (prior := priors_of(model).get(name)) is not None:
-        parameters |= {f"prior.{key}": tensor for key, tensor in prior.state_dict(keep_vars=True).items()}
+            parameters |= {peft_name(path, key): tensor for key, tensor in module.adapter_state(name).items()}
     return parameters
 
 
@@ -242,6 +258,7 @@ def _config_values(model: nn.Module, config: MethodConfig, base: ModelConfig, na
         return to_peft(config, base, adapted, paths, transposed=transposed)
     ours = {
         "base_model_name_or_path": base.name_or_path,
+        "peft_type": OUR_PEFT_TYPE,
         "revision": base.revision,
         "smore_version": __version__,
     }

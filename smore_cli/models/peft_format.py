@@ -16,10 +16,22 @@ if TYPE_CHECKING:
     from smore_cli.methods.lora import LoRAConfig
     from smore_cli.recipe.schema import ModelConfig
 
-__all__ = ["CONVERTED", "from_peft", "is_peft", "peft_name", "peft_saved_name", "short_names", "to_peft"]
+__all__ = [
+    "CONVERTED",
+    "OUR_PEFT_TYPE",
+    "from_peft",
+    "is_peft",
+    "peft_name",
+    "peft_saved_name",
+    "short_names",
+    "to_peft",
+]
 
 CONVERTED = {"HIER_MOE": "smore", "MIXLORA": "mixlora", "MOLA": "mola", "DYNMOLE": "dynmole"}
 """`peft_type` of other programs' adapters that `smore import` converts, and the method each becomes."""
+
+OUR_PEFT_TYPE = "SMORE_CLI"
+"""`peft_type` of this package's routed adapters, by which PEFT finds `smore_cli.peft`; nothing here reads it."""
 
 _PREFIX = "base_model.model."
 _PARTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
@@ -35,8 +47,8 @@ _CHANGES_THE_BACKBONE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 def is_peft(values: dict[str, Any]) -> bool:
-    """Whether an adapter_config.json is PEFT's."""
-    return "peft_type" in values
+    """Whether an adapter_config.json is PEFT's own, or another program's with a `peft_type`."""
+    return bool(values.get("peft_type", OUR_PEFT_TYPE) != OUR_PEFT_TYPE)
 
 
 def peft_name(path: str, parameter: str) -> str:
@@ -128,7 +140,7 @@ def from_peft(values: dict[str, Any], tensor_names: Iterable[str], modules: Iter
 
 
 def _require_plain_lora(values: dict[str, Any], where: str) -> None:
-    kind = values["peft_type"]
+    kind = str(values["peft_type"])
     if kind != "LORA":
         hint = (
             f"convert it once with smore import {where} OUT" if kind in CONVERTED else "it reads LoRA, rsLoRA and DoRA"
