@@ -236,14 +236,17 @@ def _zero_settings(
     recipe: Recipe, processes: Processes, device: torch.device, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Returns DeepSpeed's configuration, and says what of it has no effect."""
+    from smore_cli.training.zero import require_valid  # only here, because nothing imports DeepSpeed unless asked
+
     settings, idle = zero_settings(recipe, processes, device)
+    require_valid(settings)
     if idle:
         say(f"DeepSpeed's configuration: {', '.join(idle)} has no effect here")
     return settings
 
 
 def _zero(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any], device: torch.device) -> Zero:
-    from smore_cli.training.zero import Zero  # only here, because nothing imports DeepSpeed unless asked
+    from smore_cli.training.zero import Zero
 
     return Zero(model, optimizer, settings, device)
 
