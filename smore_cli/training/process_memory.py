@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import resource
 import sys
+import warnings
 from pathlib import Path
 
 from smore_cli.models.quiet import quiet
@@ -33,9 +34,10 @@ def resident_with_libraries(*, quantised: bool = False) -> int:
     """Returns the same once everything is imported that a first step imports."""
     importlib.import_module("torch._dynamo")  # torch's optimisers import it at their first call, some 140 MiB
     if quantised:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of what it has given up
             importlib.import_module("bitsandbytes")
-        importlib.import_module("torch._inductor.compile_fx")  # imported by its first kernel, some 50 MiB
+            importlib.import_module("torch._inductor.compile_fx")  # imported by its first kernel, some 50 MiB
     return resident()
 
 
