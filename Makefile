@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@$(INSTALL) -c constraints.txt -e '.[dev]'
+	@$(INSTALL) -c constraints.txt -e '.[deepspeed,dev]'
 	@touch $@
 
 # A run that an earlier `make quickstart` left is made anew; `smore train` itself never overwrites one.

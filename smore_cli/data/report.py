@@ -17,6 +17,8 @@ __all__ = ["DataReport", "SourceReport", "content_hash", "name_rows"]
 
 NAMED_ROWS = 10
 """How many row numbers a message lists."""
+MANY = 0.05
+"""Share of rows cut off by max_length, above which a warning says so."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class SourceReport:
             f"{self.truncated:,} truncated, {len(self.dropped):,} dropped"
         )
         return f"{line} ({name_rows(self.dropped)}: nothing to learn)" if self.dropped else line
+
+    def cut(self, max_length: int) -> str | None:
+        """Returns a warning where many rows lost their ends to `max_length`, so that a model learns to break off."""
+        if self.truncated <= MANY * self.rows:
+            return None
+        share = 100 * self.truncated / self.rows
+        return (
+            f"warning: {self.truncated:,} of {_count(self.rows, 'training row')} ({share:.0f} %) end early, after "
+            f"{max_length:,} tokens: raise data.max_length"
+        )
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,10 @@ def target_scores(model: nn.Module, batch: Batch, *, best: bool = False) -> Scor
         found.append(head_scores(head, on_device, batch.targets.to(on_device.device), rule, best=best))
         return (rows[None, :0],)  # and no logits for the model
 
-    _run(model, batch, score, {})
-    return found[0]
+    nothing = _run(model, batch, score, {}).logits.sum()
+    # What shards a model waits for a gradient of the head's output: of no rows here, so that it adds zero.
+    logprobs, hits = found[0]
+    return Scores(logprobs + nothing.to(logprobs), hits)
 
 
 def _run(model: nn.Module, batch: Batch, at_head: Callable[..., Any], model_kwargs: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """What a run needs at its peak, by component, for one process.
 
     always      Python and libraries (on a CPU) + backbone + adapter
+    loading     + the files that the backbone is converted from   on a CPU, where they are mapped
     census      + a copy of the adapter + a pass                  before the first step, no optimiser state yet
     training    + optimiser state + a pass with its gradients     the pass that costs most
     step        + optimiser state + all gradients
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.planning.parameters import adapter_bytes, optimizer_bytes
+from smore_cli.training.process_memory import KEPT
 
 if TYPE_CHECKING:
     from smore_cli.planning.passes import PassMemory
@@ -27,8 +29,6 @@ __all__ = ["MemoryPlan", "plan_memory"]
 
 OBJECTS = 64 << 20
 """What loading a model and attaching an adapter adds besides tensors, as measured."""
-KEPT = 64 << 20
-"""Twice glibc's largest threshold for blocks of their own."""
 HOLES = 0.05
 """Share of what comes and goes in a pass, as measured (docs/memory.md)."""
 
@@ -84,11 +84,16 @@ def plan_memory(
     always |= {"adapter": adapter["trainable"]}
     if adapter["frozen"]:
         always["adapter: frozen parts"] = adapter["frozen"]
+    loading = always | {"backbone: mapped files": skeleton.files["loading"]}
+    if device == "cpu":
+        always["backbone: mapped files"] = skeleton.files["kept"]
     state = {"optimiser": optimizer}
     phases = {
         "training": always | state | _parts(train),
         "optimiser step": always | state | {"gradients": train.gradients_in_all},
     }
+    if device == "cpu" and skeleton.files["loading"]:
+        phases["loading"] = loading
     if recipe.train.gradient_census:
         phases["census"] = always | {"copy of the adapter": adapter["trainable"]} | _parts(train)
     if held_out is not None:

@@ -107,6 +107,7 @@ class Planner:
         """
         notes: list[str] = []
         device = device or default_device().type
+        quantised = recipe.quantization is not None
         try:
             tokenizer = load_tokenizer(recipe.model)
             data: RunData | None = load_run_data(recipe, tokenizer, say)
@@ -114,16 +115,24 @@ class Planner:
             notes.append(
                 f"without the data ({error.message}): every row is taken to have data.max_length tokens, all learned"
             )
-            return cls(recipe, device, None, baseline=resident_with_libraries(), notes=notes)
+            return cls(recipe, device, None, baseline=resident_with_libraries(quantised=quantised), notes=notes)
         assert data is not None
         if data.stream is not None:
             notes.append(f"a stream: judged by its first {len(data.train_rows)} rows")
-            return cls(recipe, device, None, data.eval_rows, data.train_rows, resident_with_libraries(), notes)
+            return cls(
+                recipe,
+                device,
+                None,
+                data.eval_rows,
+                data.train_rows,
+                resident_with_libraries(quantised=quantised),
+                notes,
+            )
         batches = Batches(
             data.train_rows, data.plan(recipe), int(tokenizer.pad_token_id), torch.float32,
             packed=recipe.data.packing, flat=lies_flat(recipe),
         )  # fmt: skip
-        return cls(recipe, device, batches, data.eval_rows, (), resident_with_libraries(), notes)
+        return cls(recipe, device, batches, data.eval_rows, (), resident_with_libraries(quantised=quantised), notes)
 
     @classmethod
     def of_setup(cls, setup: Setup) -> Planner:

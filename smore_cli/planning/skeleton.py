@@ -38,6 +38,7 @@ class Skeleton:
         layers: for each layer of the whole model, which of the model's layers stands for it.
         stack: the model's layers.
         weights: bytes of the backbone, by part.
+        files: bytes of its files that lie in a CPU's memory besides: `loading`, and as long as it is there (`kept`).
         numel: numbers of the backbone.
         prior_width: numbers a prior has for each sequence; 0: the method has none.
         dtype: compute dtype.
@@ -49,6 +50,7 @@ class Skeleton:
     layers: list[int]
     stack: nn.ModuleList
     weights: dict[str, int]
+    files: dict[str, int]
     numel: int
     prior_width: int
     dtype: torch.dtype
@@ -73,23 +75,38 @@ class _Nothing(Adapter):
 
 
 class QuantisedLinear(nn.Linear):
-    """A linear map that holds its weight quantised: every use makes the dense weight anew, and none is kept."""
+    """A linear map that holds its weight quantised: every use makes the dense weight anew, and none is kept.
+
+    Its weight has another dtype than the model computes in, so that whoever takes it to that dtype makes a copy too.
+    """
+
+    keeps_input = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., d_in) to (..., d_out)."""
-        return cast("Tensor", _Dequantised.apply(x, self.weight, self.bias))
+        return cast("Tensor", _Dequantised.apply(x, self.weight, self.bias, self.keeps_input))
+
+
+class Linear4bit(QuantisedLinear):
+    """Named as bitsandbytes' own, by which adapters know what they can be fused with."""
+
+
+class Linear8bitLt(QuantisedLinear):
+    """bitsandbytes' 8-bit map keeps its input for the backward pass, though nobody asks for the weight's gradient."""
+
+    keeps_input = True
 
 
 class _Dequantised(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return nn.functional.linear(x, torch.empty_like(weight, dtype=x.dtype), bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, keeps_input: bool) -> Tensor:
+        ctx.save_for_backward(weight, x if keeps_input else None)
+        return nn.functional.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return grad @ torch.empty_like(weight, dtype=grad.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, _ = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None, None
 
 
 def build_skeleton(recipe: Recipe, dtype: torch.dtype) -> Skeleton:
@@ -102,12 +119,14 @@ def build_skeleton(recipe: Recipe, dtype: torch.dtype) -> Skeleton:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model: Any = load_skeleton(recipe.model)
+    stored = next(model.parameters()).dtype
     model.to(dtype)
     if recipe.model.attn_implementation == "eager":
         model.set_attn_implementation("eager")
     if recipe.quantization is not None:
-        quantise(model)
+        quantise(model, recipe.quantization, dtype)
     weights = weight_bytes(model, recipe.quantization)
+    files = file_bytes(model, stored, dtype)
     numel = sum(parameter.numel() for parameter in model.parameters())
     sites = sites_of(model, find_targets(model, recipe.adapter.target_modules, recipe.adapter.sites))
     stack_path, depth = _find_stack(model)
@@ -130,20 +149,35 @@ def build_skeleton(recipe: Recipe, dtype: torch.dtype) -> Skeleton:
         model.to_empty(device="cpu")
     model.train()
     prior_width = 0 if prior is None else prior.num_experts
-    return Skeleton(model, fake, sites, layers, stack, weights, numel, prior_width, dtype)
+    return Skeleton(model, fake, sites, layers, stack, weights, files, numel, prior_width, dtype)
 
 
-def quantise(model: Any) -> list[str]:
+def quantise(model: Any, quantization: QuantizationConfig, dtype: torch.dtype) -> list[str]:
     """Makes linear maps quantised ones, those that transformers quantises, and returns their paths."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     left_alone = tuple(get_keys_to_not_convert(model))
+    kind = Linear4bit if quantization.bits == 4 else Linear8bitLt
+    other = torch.float16 if dtype != torch.float16 else torch.bfloat16
     found = []
     for path, module in model.named_modules():
         if type(module) is nn.Linear and not any(path == name or path.endswith(f".{name}") for name in left_alone):
-            module.__class__ = QuantisedLinear
+            module.__class__ = kind
+            module.weight = nn.Parameter(module.weight.data.to(other), requires_grad=False)
             found.append(path)
     return found
+
+
+def file_bytes(model: Any, stored: torch.dtype, dtype: torch.dtype) -> dict[str, int]:
+    """Returns what of the weights' files is in a CPU's memory besides the weights.
+
+    Files are mapped. A weight of the dtype it is stored in is that piece of the file; of one that is converted both are
+    there while the model is loaded, and then as long as something else still is a piece of the same file.
+    """
+    quantised = sum(module.weight.numel() for module in model.modules() if isinstance(module, QuantisedLinear))
+    if stored == dtype:
+        return {"loading": quantised * stored.itemsize, "kept": quantised * stored.itemsize}
+    return {"loading": sum(p.numel() for p in model.parameters()) * stored.itemsize, "kept": 0}
 
 
 def weight_bytes(model: Any, quantization: QuantizationConfig | None) -> dict[str, int]:

@@ -97,7 +97,7 @@ def take_census(setup: Setup, say: Callable[[str], None]) -> Census:
         CheckFailed: some tensor would not be trained as its method says; the message names it.
     """
     started = time.perf_counter()
-    model = setup.accelerator.unwrap_model(setup.model)
+    model = setup.model
     passes = (batch for step in range(PROBES) for batch in setup.batches.step(step))
     batches = list(islice(passes, PROBES))
     census = gradient_census(model, batches, setup.objective, device=setup.device, backward=setup.accelerator.backward)

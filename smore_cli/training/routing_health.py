@@ -102,6 +102,7 @@ class RoutingWatch:
         self._loads: dict[tuple[nn.Module, int], ExpertLoad] = {}
         self.collapsed = self._told = 0
         self.lasting = False
+        self._first = True
 
     def add(self, loads: Sequence[ExpertLoad]) -> None:
         """Adds the loads of a step; nothing waits for the device."""
@@ -126,10 +127,14 @@ class RoutingWatch:
         return found
 
     def news(self, routers: Sequence[RouterHealth]) -> str | None:
-        """Returns a line about collapsed routers where it is news: the first, or a tenth more than were told of."""
+        """Returns a line about collapsed routers where it is news: more than were told of by a tenth, and not fewer.
+
+        Never at the first line, where routers are as they were initialised.
+        """
         before, self.collapsed = self.collapsed, sum(router.collapsed for router in routers)
         self.lasting = self.collapsed > LASTING * len(routers) and self.collapsed >= before > 0
-        if self.collapsed <= 1.1 * self._told:
+        first, self._first = self._first, False
+        if first or self.collapsed < before or self.collapsed <= 1.1 * self._told:
             self._told = self._told if self.collapsed else 0
             return None
         self._told = self.collapsed

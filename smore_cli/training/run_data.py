@@ -71,6 +71,8 @@ def load_run_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Calla
     if data.streaming:
         return _open_stream(recipe, tokenizer, say)
     train = cached_rows(data, tokenizer, data.train, say)
+    if warning := train.report.total.cut(data.max_length):
+        say(warning)
     if wanted is not None:
         require_groups(train.rows, train.groups, wanted)
     hashed = train.report.content_hash, train.report.sources

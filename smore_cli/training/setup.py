@@ -27,7 +27,7 @@ from smore_cli.training.objective import Objective
 from smore_cli.training.optim import build_optimizer, require_optimizer
 from smore_cli.training.packing_probe import require_packing
 from smore_cli.training.parallel import ALONE
-from smore_cli.training.process_memory import resident_with_libraries
+from smore_cli.training.process_memory import give_back_large_blocks, resident_with_libraries
 from smore_cli.training.replicas import make_equal, share_out
 from smore_cli.training.run_data import load_run_data
 from smore_cli.training.schedule import lies_flat
@@ -175,7 +175,10 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
     tokenizer = load_tokenizer(recipe.model)
     data = processes.main_first(lambda: load_run_data(recipe, tokenizer, say))
     lap("data")
-    baseline = resident_with_libraries()
+    quantised = recipe.quantization is not None
+    baseline = resident_with_libraries(quantised=quantised)
+    if quantised and accelerator.device.type == "cpu":
+        give_back_large_blocks()
     partitioned = fsdp or (settings is not None and settings["zero_optimization"]["stage"] == 3)
     model = _backbone(recipe, accelerator.device, sharded=partitioned)
     if recipe.data.packing:
@@ -236,14 +239,17 @@ def _zero_settings(
     recipe: Recipe, processes: Processes, device: torch.device, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Returns DeepSpeed's configuration, and says what of it has no effect."""
+    from smore_cli.training.zero import require_valid  # only here, because nothing imports DeepSpeed unless asked
+
     settings, idle = zero_settings(recipe, processes, device)
+    require_valid(settings)
     if idle:
         say(f"DeepSpeed's configuration: {', '.join(idle)} has no effect here")
     return settings
 
 
 def _zero(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any], device: torch.device) -> Zero:
-    from smore_cli.training.zero import Zero  # only here, because nothing imports DeepSpeed unless asked
+    from smore_cli.training.zero import Zero
 
     return Zero(model, optimizer, settings, device)
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from smore_cli.errors import UsageError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["Zero"]
+__all__ = ["Zero", "gathered_parameters", "require_valid"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -46,9 +47,6 @@ class Zero:
 
     Attributes:
         stage: of ZeRO.
-
-    Raises:
-        UsageError: this DeepSpeed is too old.
     """
 
     def __init__(self, model: Any, optimizer: Optimizer, settings: dict[str, Any], device: torch.device) -> None:
@@ -164,6 +162,24 @@ def gathered_parameters(parameters: Sequence[nn.Parameter], *, changes: bool) ->
         yield
 
 
+def require_valid(settings: dict[str, Any]) -> None:
+    """Refuses what DeepSpeed would refuse when everything is loaded.
+
+    Raises:
+        UsageError: it is too old, or does not know a setting.
+    """
+    deepspeed = _library()
+    if not hasattr(deepspeed.DeepSpeedEngine, "coalesce_grad_reduction"):
+        raise UsageError(f"DeepSpeed {deepspeed.__version__} is too old", "pip install -U deepspeed (0.19.8 or newer)")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise UsageError(f"DeepSpeed refuses zero_optimization: {found}", "correct its configuration file") from error
+
+
 def _library() -> Any:
     """Imports DeepSpeed, and keeps to itself what it and torch say of how it is made."""
     if not torch.cuda.is_available():
@@ -172,9 +188,10 @@ def _library() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # Otherwise it compiles an exchange through shared memory: minutes, and a lock that stays where one is stopped.
+        deepspeed.ops.__compatible_ops__ = {}
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed uses them
-    if not hasattr(deepspeed.DeepSpeedEngine, "coalesce_grad_reduction"):
-        raise UsageError(f"DeepSpeed {deepspeed.__version__} is too old", "pip install -U deepspeed (0.19.8 or newer)")
     return deepspeed
 
 

@@ -86,7 +86,7 @@ def zero_settings(recipe: Recipe, processes: Processes, device: torch.device) ->
         with warnings.catch_warnings():  # of flags that accelerate sets by itself and that have no effect
             warnings.simplefilter("ignore")
             found: dict[str, Any] = DeepSpeedPlugin().deepspeed_config
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, AttributeError) as error:  # the last of what should be a mapping and is none
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"DeepSpeed's configuration cannot be read: {reason}", "see docs/scale.md") from error
     zero = _given(found["zero_optimization"])
@@ -119,6 +119,10 @@ def _require_supported(zero: dict[str, Any], recipe: Recipe) -> None:
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") == "nvme":
             raise UsageError(f"zero_optimization.{part}: nvme is not supported", "offload to cpu")
+    if stage != 3 and "offload_param" in zero:
+        raise UsageError(
+            f"ZeRO {stage} leaves parameters where they are", "remove offload_param, or use --zero_stage 3"
+        )
     if stage == 3 and recipe.quantization is not None:
         raise UsageError("ZeRO 3 does not shard a quantised backbone, whose weights are packed", "use --zero_stage 2")
     if stage == 3 and recipe.adapter.method == "trex":

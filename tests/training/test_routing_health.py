@@ -163,8 +163,22 @@ def test_loads_are_added_up_between_two_lines_and_then_forgotten() -> None:
 
 def test_the_news_come_once_and_again_when_it_spreads() -> None:
     watch, bad = RoutingWatch(torch.nn.Module()), [router([1, 0], 1, module=name) for name in "ab"]
+    assert watch.news([]) is None
     assert watch.news(bad[:1]) is not None and watch.news(bad[:1]) is None
     assert watch.news(bad) is not None and watch.news([]) is None and watch.news(bad[:1]) is not None
+
+
+def test_how_routers_start_is_no_news_and_neither_is_that_they_spread() -> None:
+    def told(*collapsed: int) -> list[bool]:
+        watch = RoutingWatch(torch.nn.Module())
+        return [
+            watch.news([router([1, 0] if i < n else [0.5, 0.5], 1, module=str(i)) for i in range(20)]) is not None
+            for n in collapsed
+        ]
+
+    assert told(9, 4, 3, 0) == [False] * 4
+    assert told(9, 9, 9) == [False, True, False]
+    assert told(0, 1) == [False, True]
 
 
 def test_a_collapse_lasts_where_it_is_of_many_routers_and_does_not_shrink() -> None:

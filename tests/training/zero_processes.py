@@ -45,10 +45,14 @@ def main(folder: Path) -> None:
         for stage in (1, 2, 3):
             configure(folder, stage)
             found[f"plain-{stage}"] = run(folder, "plain", f"plain-{stage}", processes)
+            found[f"continued-{stage}"] = go_on(folder, "alone", f"continued-{stage}", processes)
+            if stage == 1:
+                continue  # 2 keeps optimiser state in the same way
             found[f"noisy-{stage}"] = run(folder, "noisy", f"noisy-{stage}", processes)
             found[f"stopped-{stage}"] = stop_and_resume(folder, "noisy", f"stopped-{stage}", processes)
-            found[f"continued-{stage}"] = go_on(folder, "alone", f"continued-{stage}", processes)
+            found[f"wild-{stage}"] = run(folder, "wild", f"wild-{stage}", processes)
         found["quantised-3"] = run(folder, "quantised", "quantised-3", processes)
+        found["half-3"] = run(folder, "half", "half-3", processes)
         configure(folder, 2, offload_optimizer={"device": "cpu"})
         found["offloaded"] = run(folder, "plain", "offloaded", processes)
         found["quantised-2"] = run(folder, "quantised", "quantised-2", processes)
