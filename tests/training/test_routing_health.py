@@ -115,7 +115,8 @@ def test_a_dense_router_is_judged_by_its_gate_mass(tiny_llama: Path) -> None:
     model, path = add_random(llama(tiny_llama), HydraLoRAConfig()), "model.layers.1.mlp.up_proj"
     assert collapsed(watched(model)) == set()
     router_: Any = adapted_modules(model)[path].adapters["default"].router  # type: ignore[union-attr]
-    router_.register_forward_hook(lambda _module, _inputs, routing: _always_the_first(routing))
+    route = router_.route
+    router_.route = lambda logits: _always_the_first(route(logits))
     assert collapsed(watched(model)) == {(path, 0)}
 
 
