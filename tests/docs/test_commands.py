@@ -41,12 +41,12 @@ OUTSIDE = {"make", "pip", "git", "cd"}
 # What makes a benchmark a test: every line of it runs, no figure means anything.
 TINY = {
     "layer": ["--shapes", "32x32", "--blocks", "64", "--tokens", "16", "--methods", "mola", "smore"],
-    "step": ["--methods", "mola", "--batch", "1", "--tokens", "8"],
+    "step": ["--model", "tiny-llama", "--methods", "mola", "--batch", "1", "--tokens", "8"],
     "scaling": ["--shape", "32x32", "--tokens", "16", "--longest", "32", "--sweeps", "mola: picks", "smore: fanout"],
     "grouped": ["--shapes", "32x32", "--ranks", "4", "--tokens", "16"],
-    "decode": ["--shapes", "32x32", "--methods", "mola", "--new-tokens", "2"],
+    "decode": ["--model", "tiny-llama", "--shapes", "32x32", "--methods", "mola", "--new-tokens", "2"],
     "gpu": ["--device", "cpu", "--tiny"],
-    "end_to_end": ["--methods", "mola", "--limit", "3", "--rows", "2"],
+    "end_to_end": ["--model", "tiny-llama", "--methods", "mola", "--limit", "3", "--rows", "2"],
 }
 BLOCK = re.compile(
     r"(?:^<!-- (?P<note>[^\n]+) -->\n)?^```(?P<language>\S*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -158,6 +158,7 @@ def test_everything_a_page_shows_works(
 ) -> None:
     shutil.copytree(PROJECT / "recipes", tmp_path / "recipes")
     (tmp_path / "benchmarks").symlink_to(PROJECT / "benchmarks")
+    (tmp_path / "tiny-llama").symlink_to(request.getfixturevalue("tiny_llama"))  # what benchmarks run on here
     for block in blocks(page):
         if "needs" in block.notes:
             (tmp_path / block.notes["needs"]).symlink_to(request.getfixturevalue("shared_data"))
