@@ -20,10 +20,11 @@ from smore_cli.errors import UsageError
 from smore_cli.merging.calibration import Calibration, batches_of
 from smore_cli.merging.card import card
 from smore_cli.merging.dense import adapters_of, dequantise
+from smore_cli.merging.fitting import MapResult, Solver
 from smore_cli.merging.merge import refusing_existing, require_close, solved_layers
 from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
 from smore_cli.merging.reference import NO_BENCHMARK, Benchmark, Reference, measure_reference
-from smore_cli.merging.sequential import MapResult, Solver, merge_sequentially
+from smore_cli.merging.sequential import merge_sequentially
 from smore_cli.merging.work import key_of
 from smore_cli.merging.writing import write_manifest
 from smore_cli.methods.lora import LoRAConfig

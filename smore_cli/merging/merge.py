@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,11 +21,12 @@ from smore_cli.errors import CheckFailed, UsageError
 from smore_cli.merging.calibration import Calibration, batches_of
 from smore_cli.merging.card import card
 from smore_cli.merging.dense import dequantise, fold, is_constant
+from smore_cli.merging.fitting import Solver
 from smore_cli.merging.mean_merge import merge_mean
 from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
 from smore_cli.merging.precision import precision_gap, require_quantised
 from smore_cli.merging.reference import NO_BENCHMARK, Benchmark, Reference, measure_reference
-from smore_cli.merging.sequential import Solver, merge_sequentially
+from smore_cli.merging.sequential import merge_sequentially
 from smore_cli.merging.work import Work, key_of
 from smore_cli.merging.writing import reopen, require_room, write_manifest, write_model
 from smore_cli.models.quantised import describe_quantization
@@ -43,6 +45,7 @@ Method = Literal["exact", "least-squares", "mean", "uniform"]
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-2}
 """Largest mean KL in nats of an exact merge, by type of the weights: rounding alone gave 1e-11 in float32 and 2e-3 in
 bfloat16 (SmolLM2-135M, rank 16 on all linear maps, updates a sixtieth of the weights' size)."""
+_UNFITTED: dict[str, Any] = {"ridge": Calibration.ridge, "prior": Calibration.prior}
 
 
 def _silent(line: str) -> None:
@@ -154,6 +157,8 @@ def _choose(run: Run, model: PreTrainedModel, method: Method | None, calibration
             f"{run.folder}: a {run.adapter.method} adapter is the same for every token, so there is nothing to fit",
             "leave out --method: it is merged exactly",
         )
+    if chosen in ("mean", "uniform") and calibration not in (None, replace(calibration or Calibration(), **_UNFITTED)):
+        raise UsageError(f"--method {chosen} solves nothing, so --ridge and --prior change nothing", "leave them out")
     if chosen == "exact" and calibration is not None:
         raise UsageError("an exact merge fits nothing, so it has no calibration", "leave out its options")
     return chosen

@@ -88,13 +88,15 @@ def fit(moments: Moments, name: str, *, ridge: float, prior: Tensor | None = Non
     if intercept:
         C = C - moments.n * torch.outer(x, x)
         G = G - moments.n * torch.outer(f, x)
-    start = torch.zeros_like(G) if prior is None else prior.double()
+    if prior is not None:
+        G = G - prior.double() @ C
     # An input that is zero everywhere tells nothing: then any lambda keeps D at the prior.
     weight = ridge * float(C.diagonal().mean()) or torch.finfo(torch.float32).tiny
-    metric = C.clone()
-    metric.diagonal().add_(weight)
-    D = start + _solve(metric, G - start @ C)
-    return Fit(D, f - D @ x if intercept else None, metric)
+    C.diagonal().add_(weight)  # in place, as C may be the largest thing there is
+    D = _solve(C, G)
+    if prior is not None:
+        D = D + prior.double()
+    return Fit(D, f - D @ x if intercept else None, C)
 
 
 def _solve(metric: Tensor, right: Tensor) -> Tensor:

@@ -52,15 +52,14 @@ def test_merge_prints_what_was_measured_and_on_what(
     assert f"{adapter} into 2 linear maps" in shown
     assert f"written     {tmp_path / 'out'}" in shown
     assert "same first choice 100.00 %" in shown
-    assert "on 1,024 tokens of quickstart" in shown
+    assert "loss on bundled questions" in shown and "quickstart (test)" in shown
 
 
 def test_json_is_what_merge_json_holds(capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path) -> None:
     adapter = _adapter(tmp_path / "adapter", tiny_llama, LoRAConfig(rank=2, target_modules=["up_proj"]))
     capsys.readouterr()
-    code, shown, error = _run(capsys, adapter, tmp_path / "out", "--json")
+    code, shown, _ = _run(capsys, adapter, tmp_path / "out", "--json")
     assert code == 0
-    assert error == ""
     assert json.loads(shown) == json.loads((tmp_path / "out" / "merge.json").read_text())
     assert json.loads(shown)["difference"]["mean_kl"] < 1e-9
 
@@ -82,13 +81,38 @@ def test_a_routed_adapter_is_refused_with_exit_code_two(
     config = SMoREConfig(rank=[2], num_experts=[3], fanout=[2], target_modules=["up_proj"])
     adapter = _adapter(tmp_path / "adapter", tiny_llama, config)
     capsys.readouterr()
-    code, shown, error = _run(capsys, adapter, tmp_path / "out")
+    code, shown, error = _run(capsys, adapter, tmp_path / "out", "--method", "exact")
     assert (code, shown) == (2, "")
-    assert error.splitlines() == [
-        f"error: {adapter}: a smore adapter has no dense form: its update depends on the token, "
+    assert error.splitlines()[-2:] == [
+        f"error: {adapter}: a smore adapter has no exact merge: its update depends on the token, "
         "so no single matrix equals it",
-        f"hint: it stays usable as an adapter: smore eval {adapter}",
+        "hint: --method least-squares finds the nearest one and measures what it loses",
     ]
+
+
+def test_every_option_of_a_routed_merge_is_read(
+    capsys: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    config = SMoREConfig(rank=[2], num_experts=[3], fanout=[2], target_modules=["up_proj"])
+    adapter = _adapter(tmp_path / "adapter", tiny_llama, config)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"water {i} boils and ice melts"}) + "\n" for i in range(60)))
+    words: list[str | Path] = ["--calibration", text, "--format", "text", "--calibration-tokens", "500"]
+    words += ["--ridge", "0.01", "--prior", "mean", "--dtype", "bfloat16", "--shard-size", "50KB"]
+    words += ["--benchmark", "quickstart", "--limit", "2", "--tolerance", "9", "--json"]
+    capsys.readouterr()
+    code, shown, error = _run(capsys, adapter, tmp_path / "out", *words)
+    assert code == 0
+    found = json.loads(shown)
+    assert found["calibration"]["ridge"] == 0.01 and found["calibration"]["prior"] == "mean"
+    assert found["calibration"]["source"].startswith(str(text)) and 500 <= found["calibration"]["tokens"] < 540
+    assert found["dtype"] == "bfloat16"
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert {"task", "n", "base", "routed", "merged"} <= found["benchmarks"][0].keys()
+    assert "layer 2 of 2" in error
+    for wrong in (["--format", "text"], ["--limit", "3"], ["--benchmark", "nonsense"]):
+        code, _, error = _run(capsys, adapter, tmp_path / "other", *wrong)
+        assert code == 2 and error.startswith("error: ")
 
 
 def test_a_folder_that_is_no_run_is_exit_code_two(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

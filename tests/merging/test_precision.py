@@ -27,11 +27,10 @@ def test_merging_into_full_precision_says_what_that_changed(
     bits: Any, said: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     run = _run(tmp_path / "run", tiny_llama, quantization=QuantizationConfig(bits=bits))
-    with pytest.raises(UsageError, match=f"trained on a {bits}-bit backbone: merging into {bits} bits would"):
-        merge(run, tmp_path / "out", device=CPU)
     merged = merge(run, tmp_path / "out", base_weights="original", device=CPU)
-    assert merged.difference.mean_kl < 1e-6  # of the folder from the adapter on the same weights
     assert merged.precision is not None and merged.precision.difference.mean_kl > 1e-4
+    assert 0.2 < merged.difference.mean_kl / merged.precision.difference.mean_kl < 5  # that is all that it changed
+    assert merged.weights == f"original weights, though trained on {said}"
     assert f"trained on a {said} backbone, used with full-precision weights: mean KL" in merged.precision.line()
     assert merged.document()["precision"]["trained_on"] == said
 
