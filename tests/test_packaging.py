@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Needed at run time without being imported by name: transformers reads GGUF files and quantises through them.
 USED_THROUGH_TRANSFORMERS = {"gguf", "bitsandbytes"}
+# Used where they are installed: adapters in PEFT, and the check of a gguf file by llama.cpp.
+OPTIONAL = {"peft", "xllamacpp"}
 # Packages that come with another one, in the one version that fits it.
 PARTS = {"pydantic_core": "pydantic"}
 
@@ -99,7 +101,9 @@ def test_the_console_script_is_the_command_line(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_dependencies_are_what_the_package_imports(pyproject: dict[str, Any], project: Path) -> None:
-    assert third_party_packages(project / "smore_cli") | USED_THROUGH_TRANSFORMERS == declared(pyproject)
+    imported = third_party_packages(project / "smore_cli") - OPTIONAL
+    assert imported | USED_THROUGH_TRANSFORMERS == declared(pyproject)
+    assert declared(pyproject, "dev") >= OPTIONAL
 
 
 def test_the_tests_import_only_what_the_dev_extra_brings(pyproject: dict[str, Any], project: Path) -> None:

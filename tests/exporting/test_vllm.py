@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,17 +26,16 @@ pytestmark = [
 
 
 def test_vllm_serves_the_lora_with_our_tokens(smollm2: Path, tmp_path: Path) -> None:
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
+    vllm: Any = importlib.import_module("vllm")
+    request: Any = importlib.import_module("vllm.lora.request")
     run = make_run(tmp_path / "run", smollm2, LoRAConfig(rank=8, target_modules=["q_proj", "down_proj"]), size=0.02)
     export(run, tmp_path / "lora", "peft", options=Options(device=CPU))
     prompts = [list(range(1000, 1024)), [504, 2066, 281, 260]]
     ours = answers(greedy(open_run(run).load(CPU)[0]), prompts)
     options = {"enable_lora": True, "max_lora_rank": 8, "dtype": "float32", "max_model_len": 128, "enforce_eager": True}
-    engine = LLM(str(smollm2), **options)
-    lora = LoRARequest("ours", 1, str(tmp_path / "lora"))
-    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    engine = vllm.LLM(str(smollm2), **options)
+    lora = request.LoRARequest("ours", 1, str(tmp_path / "lora"))
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, lora_request=lora)
     for steps, answer in zip(ours, found, strict=True):
         assert list(answer.outputs[0].token_ids) == [step.token for step in steps][:8]
