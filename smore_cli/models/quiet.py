@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -23,9 +24,12 @@ def quiet(*, progress: bool | None = None) -> Iterator[None]:
     Args:
         progress: whether to show progress bars; default: only on a terminal.
     """
+    import torch
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as hf
 
+    if not torch.cuda.is_available():  # saving a model imports DeepSpeed, where it is there, and that says what it took
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     bitsandbytes = logging.getLogger("bitsandbytes")
     verbosity, hub_verbosity, bars = hf.get_verbosity(), hub.get_verbosity(), hf.is_progress_bar_enabled()
     level = bitsandbytes.level

@@ -85,7 +85,8 @@ def group_siblings(model: nn.Module) -> None:
 def _reader(member: AdaptedModule) -> Reader | None:
     """Returns what a map reads from x; None: it cannot be done for it, or dropout gives each map an x of its own."""
     adapter = None if member.active is None else member.adapter(member.active)
-    if not isinstance(adapter, Factored) or not supports(member.base):
+    # One that overrides `adapted`, as DoRA does, makes something else of what its map gives.
+    if not isinstance(adapter, Factored) or type(adapter).adapted is not Factored.adapted or not supports(member.base):
         return None
     reads = adapter.down()
     return Reader(member.base, reads) if reads.dropout == 0 else None

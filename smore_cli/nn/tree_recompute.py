@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from smore_cli.nn.threads import one_thread
 from smore_cli.nn.tree_router import Choice
+from smore_cli.nn.wide import without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +91,7 @@ class _Recomputed(torch.autograd.Function):
         inputs, kept = saved[: 1 + len(ctx.names)], saved[1 + len(ctx.names) :]
         again = [Choice(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
         needs = ctx.needs_input_grad[3:]
-        with one_thread(inputs[0]), torch.enable_grad():
+        with without_autocast(inputs[0].device), one_thread(inputs[0]), torch.enable_grad():
             latent, *parameters = (each.detach().requires_grad_(n) for each, n in zip(inputs, needs, strict=True))
             # The values of then: whoever lends a module its parameters for a call has taken them back by now.
             lent = {f"tree.{name}": each for name, each in zip(ctx.names, parameters, strict=True)}

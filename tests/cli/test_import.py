@@ -52,9 +52,13 @@ def test_what_was_imported_can_be_merged_or_is_refused_as_any_other(
     code, _, _ = _run(capsys, _mola(tmp_path / "theirs", tiny_llama), tmp_path / "ours")
     assert code == 0
     with pytest.raises(SystemExit) as caught:
-        main(["merge", str(tmp_path / "ours"), str(tmp_path / "merged")])
+        main(["merge", str(tmp_path / "ours"), str(tmp_path / "exact"), "--method", "exact"])
     assert caught.value.code == 2
-    assert "a mola adapter has no dense form" in capsys.readouterr().err
+    assert "depends on the token" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit) as caught:
+        main(["merge", str(tmp_path / "ours"), str(tmp_path / "merged"), "--calibration-tokens", "64"])
+    assert caught.value.code == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file() and not (tmp_path / "exact").exists()
 
 
 def test_centroids_and_their_embedder_are_given_beside_a_trex_adapter(

@@ -23,6 +23,7 @@ from transformers import (
 from smore_cli.errors import DataError
 from smore_cli.evaluation.scoring import BRANCH_TOKENS, PrefixSharingLM, longest_shared_sequence
 from smore_cli.methods.smore import SMoREConfig
+from smore_cli.models.logit_rule import logit_rule
 from smore_cli.nn import attach
 
 QUESTIONS = [
@@ -99,6 +100,7 @@ def test_scores_with_an_adapter_are_those_of_lm_evals_own_model(model: Any, toke
 
 def test_a_question_is_read_once_and_its_answers_without_their_last_token(model: Any, tokenizer: Any) -> None:
     shapes: list[tuple[int, ...]] = []
+    logit_rule(model)  # is asked once, by a pass of two tokens
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     prompt, answers = QUESTIONS[0]
     PrefixSharingLM(model, tokenizer, batch_size=8).loglikelihood(requests([(prompt, answers)]))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smore_cli.errors import AdapterError
-from smore_cli.merging.dense import merge_lora
+from smore_cli.merging.dense import fold
 from smore_cli.methods.lora import LoRAConfig
 from smore_cli.methods.smore import SMoREConfig
 from smore_cli.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
@@ -77,7 +77,7 @@ def test_peft_loads_what_we_save_and_a_merged_model_is_the_same(
     ours = loaded(folder)
     assert load_adapter(ours, tmp_path / "a").modules_to_save == saved
     assert torch.equal(logits(ours), expected)
-    assert merge_lora(model) == 4
+    assert fold(model) == 4
     model.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(loaded(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-4)
 
@@ -101,7 +101,7 @@ def test_we_load_what_peft_saves(base: str, tmp_path: Path, request: pytest.Fixt
 def test_a_merged_adapter_of_a_tied_output_head_leaves_the_embedding_alone(tied: Path, tmp_path: Path) -> None:
     model = randomised(loaded(tied), LoRAConfig(rank=2, target_modules=["lm_head"]))
     expected, embedding = logits(model), model.get_input_embeddings().weight.clone()
-    merge_lora(model)
+    fold(model)
     model.save_pretrained(tmp_path)
     again = loaded(tmp_path)
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)

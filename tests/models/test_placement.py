@@ -16,7 +16,7 @@ from smore_cli.models.load import load_backbone
 from smore_cli.models.placement import device_map_of, gpus_of, require_no_offload
 from smore_cli.nn import adapted_modules, attach, detach
 from smore_cli.recipe.schema import ModelConfig
-from tests.contract.models import backbone, logits, randomised, rows, token_ids
+from tests.contract.models import assert_same, backbone, logits, randomised, rows, token_ids
 from tests.contract.test_gradients import step
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ def test_a_dispatched_model_is_adapted_and_trained_as_one_that_is_not(config: An
         results.append((step(model.train(), [rows(4)]), logits(model.eval(), ids)))
     (first, found), after = results[0]
     (second, again), after_again = results[1]
-    assert torch.equal(first.loss, second.loss) and torch.equal(after, after_again)
-    assert found.keys() == again.keys()
-    assert all(torch.equal(found[name], again[name]) for name in found)
+    # To rounding: maps that accelerate has hooked are called as they are, and not fused with their adapters.
+    torch.testing.assert_close(first.loss, second.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(after, after_again, rtol=1e-5, atol=1e-5)
+    assert_same(found, again, 1e-4)
     moved = [path for path, module in adapted_modules(spread).items() if module._forward_pre_hooks]
     assert set(moved) == adapted_modules(spread).keys()  # each brings its input to its adapters
     detach(spread)

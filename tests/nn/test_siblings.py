@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from smore_cli.methods.lora import LoRAConfig
 from smore_cli.methods.mola import MoLAConfig
 from smore_cli.methods.smore import SMoREConfig
 from smore_cli.nn import AdapterContext, adapted_modules, attach, detach, set_active, siblings
@@ -136,3 +137,11 @@ def test_dropout_draws_for_each_map(calls: list[int]) -> None:
     net.train()["attention"](x, x, x)
     net.eval()["attention"](x, x, x)
     assert calls == [3]  # in evaluation there is none
+
+
+def test_an_adapter_that_does_more_than_add_goes_by_itself(calls: list[int]) -> None:
+    net = nn.ModuleDict({"attention": Attention()})
+    attach(net, LoRAConfig(rank=2, use_dora=True, target_modules="all-linear"))
+    x = torch.randn(5, 6)
+    net["attention"](x, x, x)
+    assert calls == []

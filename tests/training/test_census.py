@@ -15,6 +15,7 @@ from smore_cli.errors import CheckFailed
 from smore_cli.methods import config_from_dict
 from smore_cli.methods.hydralora import HydraLoRAConfig
 from smore_cli.methods.lora import LoRAConfig
+from smore_cli.models.logit_rule import logit_rule
 from smore_cli.nn import adapted_modules, attach, checkpoint_contexts
 from smore_cli.recipe import load_recipe
 from smore_cli.training.census import Census, gradient_census, take_census
@@ -108,8 +109,8 @@ def test_the_model_is_left_bit_for_bit_as_it_was(tiny_llama: Path) -> None:
 def test_a_tensor_cut_off_from_the_loss_is_named(tiny_llama: Path) -> None:
     model = fresh(tiny_llama, LoRAConfig(rank=2))
     lora: Any = adapted_modules(model)["model.layers.1.mlp.up_proj"].adapters["default"]
-    forward = type(lora).forward
-    lora.forward = lambda x, y: forward(lora, x, y).detach() + 0 * x.sum()
+    added = type(lora).added
+    lora.added = lambda x, y, latent: added(lora, x, y, latent).detach() + 0 * x.sum()
     problems = census(model).problems
     assert problems == {
         "model.layers.1.mlp.up_proj.lora_B": "no gradient reaches it",
@@ -120,14 +121,14 @@ def test_a_tensor_cut_off_from_the_loss_is_named(tiny_llama: Path) -> None:
 def test_what_one_batch_leaves_out_in_one_module_is_not_held_against_it(tiny_llama: Path) -> None:
     model = fresh(tiny_llama, LoRAConfig(rank=2))
     lora: Any = adapted_modules(model)["model.layers.1.mlp.up_proj"].adapters["default"]
-    forward, calls = type(lora).forward, []
+    added, calls = type(lora).added, []
 
-    def silent_for_a_while(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # as a router whose ReLUs are all off
+    def silent_for_a_while(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:  # as a router whose ReLUs are off
         calls.append(1)
-        out = forward(lora, x, y)
+        out: torch.Tensor = added(lora, x, *others)
         return out.detach() + 0 * x.sum() if len(calls) <= 4 else out
 
-    lora.forward = silent_for_a_while
+    lora.added = silent_for_a_while
     found = census(model, batches(8))
     assert found.problems == {} and found.line().endswith("tensors that only stronger noise woke: 2")
     assert len(calls) == 5  # and no pass more than it takes
@@ -191,10 +192,12 @@ def test_recomputed_activations_give_the_same_census(tiny_llama: Path) -> None:
 
 def test_the_nudged_passes_stop_when_everything_is_reached(tiny_llama: Path) -> None:
     model, calls = fresh(tiny_llama, LoRAConfig(rank=2)), []
+    logit_rule(model)  # is asked once, by a pass of its own
     model.register_forward_hook(lambda *_: calls.append(1))
     census(model)
     assert len(calls) == 2
     model = fresh(tiny_llama, small_smore(num_experts=[4, 64], fanout=[1, 1]))
+    logit_rule(model)
     model.register_forward_hook(lambda *_: calls.append(1))
     census(model)
     assert len(calls) == 2 + 3

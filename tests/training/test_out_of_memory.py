@@ -39,13 +39,13 @@ def test_running_out_of_memory_is_explained(tiny_llama: Path, tmp_path: Path) ->
     script = tmp_path / "limited.py"
     script.write_text(LIMITED)
     sizes = ["--set", "train.per_device_batch_size=128"]
-    command = [sys.executable, str(script), "700", "train", str(tmp_path / "recipe.yaml"), *sizes]
+    command = [sys.executable, str(script), "500", "train", str(tmp_path / "recipe.yaml"), *sizes]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     said = ended.stderr
     assert ended.returncode == 1, said
     assert re.search(r"error: out of memory in training, step 1, pass 1 of 1: 128 rows x \d+ tokens", said)
-    assert "training row" in said and "activations" in said and "logits" in said
+    assert "training row" in said and "activations" in said, said
     suggested = re.findall(r"^  (--set .*?)   peak", said, re.MULTILINE)
     assert len(suggested) == 3 and "train.per_device_batch_size" in suggested[0]
     assert f"smore train {tmp_path}/recipe.yaml {' '.join(sizes)} --resume {suggested[0]}" in said
