@@ -20,6 +20,7 @@ from smore_cli.errors import UsageError
 from smore_cli.merging.calibration import Calibration, batches_of
 from smore_cli.merging.card import card
 from smore_cli.merging.dense import adapters_of, dequantise
+from smore_cli.merging.distillation import distil, lessons_of
 from smore_cli.merging.fitting import MapResult, Solver
 from smore_cli.merging.merge import refusing_existing, require_close, solved_layers
 from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
@@ -147,12 +148,17 @@ def _fit(
     corpus = reference.texts.calibration
     say(f"fitted to {corpus.tokens:,} tokens of {corpus.origin}")
     batches = batches_of(corpus.rows, reference.pad_token_id)
+    lessons = lessons_of(model, corpus.rows, reference.pad_token_id) if options.distill else []
     saved = run.adapter.config(model).modules_to_save
     found = merge_sequentially(model, batches, Solver(options.ridge, options.prior, rank), work, say)
     detach(model)
     config = LoRAConfig(target_modules=list(found), rank=rank, alpha=float(rank), modules_to_save=saved)
     attach(model, config)
     _fill(model, found, copies)
+    if lessons:
+        for module in adapters_of(model).values():  # what was trained whole is right already
+            module.adapter("default").requires_grad_(isinstance(module.adapter("default"), LowRank))
+        distil(model, lessons, options.distill, say)
     return config
 
 
