@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from smore_cli.errors import UsageError
 from smore_cli.merging.calibration import batches_of
+from smore_cli.merging.dense import adapters_of
 from smore_cli.merging.streams import context_of
 from smore_cli.models.forward import target_states
 from smore_cli.models.logit_rule import logit_rule
+from smore_cli.nn.low_rank import LowRank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +37,8 @@ TOKENS = 512
 """Tokens of a step, padding included."""
 CHUNK = 256
 """Tokens whose logits exist at a time."""
-LEARNING_RATE = 2e-4
+RATE = 2e-3
+"""A step's learning rate, relative to the size (root mean square) of the factors it moves."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ def lessons_of(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int) -
         UsageError: the model does more with its head's logits than is known here.
     """
     if logit_rule(model) is None:
-        raise UsageError(f"--distill: {type(model).__name__} changes its head's logits in an unknown way", "leave it out")
+        raise UsageError(
+            f"--distill: {type(model).__name__} changes its head's logits in an unknown way", "leave it out"
+        )
     lessons = []
     for batch in batches_of(rows, pad_token_id, tokens=TOKENS):
         everywhere = replace(batch, sources=batch.token_mask.flatten().nonzero().flatten()).to(model.device)
@@ -74,16 +79,20 @@ def lessons_of(model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int) -
 
 
 def distil(model: PreTrainedModel, lessons: Sequence[Lesson], steps: int, say: Callable[[str], None]) -> None:
-    """Trains what of the model requires a gradient on the lessons, one a step, in a seeded order.
+    """Trains the LoRA of a model on the lessons, one a step, in a seeded order.
 
     Args:
-        model: the student; in evaluation mode afterwards.
+        model: the student, its LoRA active; in evaluation mode afterwards.
         lessons: at least one.
         steps: how many.
         say: takes lines of progress.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    factors = [
+        [a.lora_A, a.lora_B] for m in adapters_of(model).values() if isinstance(a := m.adapter("default"), LowRank)
+    ]
+    groups = [{"params": pair, "lr": RATE * _size(pair)} for pair in factors]
+    parameters = [parameter for pair in factors for parameter in pair]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     order, shuffled = list[Lesson](), random.Random(0)
     model.train(False)
@@ -97,6 +106,10 @@ def distil(model: PreTrainedModel, lessons: Sequence[Lesson], steps: int, say: C
         decay.step()
         if step == 0 or (step + 1) % max(1, steps // 10) == 0:
             say(f"distilled {step + 1} of {steps} steps: KL {kl:.2e} nats on their text")
+
+
+def _size(tensors: Sequence[Tensor]) -> float:
+    return float(torch.cat([tensor.detach().flatten() for tensor in tensors]).square().mean().sqrt())
 
 
 def _teach(model: PreTrainedModel, lesson: Lesson) -> float:

@@ -34,6 +34,7 @@ from smore_cli.methods.lora import LoRAConfig
 from smore_cli.models.quantised import describe_quantization
 from smore_cli.models.runs import open_run
 from smore_cli.nn import attach
+from smore_cli.nn.adapted import dense_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -199,8 +200,7 @@ def _distil(
     model: PreTrainedModel, paths: Sequence[str], lessons: Sequence[Lesson], steps: int, say: Callable[[str], None]
 ) -> None:
     """Teaches a merged model what the routed one says, by a LoRA beside the maps at `paths` that is folded in."""
-    narrowest = min(min(model.get_submodule(path).weight.shape) for path in paths)
-    rank = min(DISTILLED_RANK, narrowest)
+    rank = min(DISTILLED_RANK, *(min(dense_weight(model.get_submodule(path)).shape) for path in paths))
     attach(model, LoRAConfig(target_modules=list(paths), rank=rank, alpha=float(rank)))
     distil(model, lessons, steps, say)
     fold(model)

@@ -71,7 +71,9 @@ class Merged:
             return f"{self.method}{rank}"
         steps = self.calibration["distill"]
         distilled = f" and {steps} steps of distillation" if steps else ""
-        return f"{self.method}{rank}{distilled} on {self.calibration['tokens']:,} tokens of {self.calibration['source']}"
+        return (
+            f"{self.method}{rank}{distilled} on {self.calibration['tokens']:,} tokens of {self.calibration['source']}"
+        )
 
     def document(self) -> dict[str, Any]:
         """Returns everything as JSON values."""

@@ -73,12 +73,11 @@ def merge_sequentially(
         for module in here.values():
             module.active = None
         maps = {path: base for path, module in here.items() for path, base in _linear_maps(path, module.base)}
-        if (done := work.read(number)) is not None:
-            results |= {path: restore(maps[path], tensors) for path, tensors in done.items()}
-        elif maps:
+        done = work.read(number)
+        if done is None and maps:
             found = solve_layer(merged, layers, number, maps, outputs, priors, solver)
             work.write(number, {path: kept_tensors(maps[path], result) for path, result in found.items()})
-            results |= found
+        results |= {path: restore(maps[path], tensors) for path, tensors in (work.read(number) or {}).items()}
         if number + 1 < len(layers.modules):
             for stream in merged:
                 stream.hidden = stream.run(layers, number)
