@@ -10,25 +10,23 @@ The folder is reopened beside a fresh backbone and judged like a merged model.
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from smore_cli.atomic import atomic_folder, write_text, writing
+from smore_cli.atomic import atomic_folder, writing
 from smore_cli.errors import UsageError
 from smore_cli.merging.calibration import Calibration, batches_of
-from smore_cli.merging.card import card
 from smore_cli.merging.dense import adapters_of, dequantise
 from smore_cli.merging.distillation import distil, lessons_of
 from smore_cli.merging.fitting import MapResult, Solver
-from smore_cli.merging.merge import refusing_existing, require_close, solved_layers
-from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
+from smore_cli.merging.merge import refusing_existing, seal, solved_layers
+from smore_cli.merging.outcome import Merged, peak_memory
 from smore_cli.merging.reference import NO_BENCHMARK, Benchmark, Reference, measure_reference
-from smore_cli.merging.sequential import merge_sequentially
-from smore_cli.merging.work import key_of
-from smore_cli.merging.writing import write_manifest
+from smore_cli.merging.sequential import linear_maps, merge_sequentially
+from smore_cli.merging.work import fingerprint, key_of
+from smore_cli.merging.writing import require_room
 from smore_cli.methods.lora import LoRAConfig
 from smore_cli.models.adapter_files import load_adapter, save_adapter
 from smore_cli.models.load import load_backbone
@@ -38,6 +36,7 @@ from smore_cli.models.tokenizer_files import save_tokenizer
 from smore_cli.nn import attach
 from smore_cli.nn.full_copy import FullCopy
 from smore_cli.nn.low_rank import LowRank
+from smore_cli.nn.targets import widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,8 +91,9 @@ def export_peft(
     reference = measure_reference(run, model, tokenizer, options, benchmark, say)
     config = cast("LoRAConfig", run.adapter.config(model)) if exact else None
     rows = reference.texts.calibration.rows
-    key = key_of(run.folder, "peft", rank, str(options), str(run.model), str(run.quantization), str(rows))
+    key = key_of(run.folder, "peft", rank, str(options), fingerprint(model), str(run.quantization), str(rows))
     place = model.device
+    require_room(out, _bytes_needed(model, rank))
     with writing(out), solved_layers(out, key) as work:
         if config is None:
             fitted = _fit(run, model, reference, rank, options, work, say)
@@ -130,11 +130,15 @@ def export_peft(
                 rank=config.rank,
             )
             del again
-            require_close(merged, tolerance)
-            write_text(folder / MERGE_FILE, json.dumps(merged.document(), indent=1, sort_keys=True) + "\n")
-            write_text(folder / "README.md", card(merged))
-            write_manifest(folder)
+            seal(folder, merged, tolerance)
     return merged
+
+
+def _bytes_needed(model: PreTrainedModel, rank: int) -> int:
+    """Returns the bytes of a LoRA of that rank, and of the fitted weights that lie beside it until it is done."""
+    adapted = adapters_of(model).items()
+    maps = [widths(base) for path, module in adapted for _, base in linear_maps(path, module.base)]
+    return sum(4 * rank * (d_in + d_out) + model.dtype.itemsize * d_in * d_out for d_in, d_out in maps)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
 from smore_cli.merging.precision import precision_gap, require_quantised
 from smore_cli.merging.reference import NO_BENCHMARK, Benchmark, Reference, measure_reference
 from smore_cli.merging.sequential import merge_sequentially
-from smore_cli.merging.work import Work, key_of
+from smore_cli.merging.work import Work, fingerprint, key_of
 from smore_cli.merging.writing import reopen, require_room, write_manifest, write_model
 from smore_cli.methods.lora import LoRAConfig
 from smore_cli.models.quantised import describe_quantization
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from smore_cli.merging.distillation import Lesson
     from smore_cli.models.runs import Run
 
-__all__ = ["TOLERANCE", "Merged", "Method", "merge", "refusing_existing", "require_close", "solved_layers"]
+__all__ = ["TOLERANCE", "Merged", "Method", "merge", "refusing_existing", "require_close", "seal", "solved_layers"]
 
 Method = Literal["exact", "least-squares", "mean", "uniform"]
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-2}
@@ -111,8 +111,10 @@ def merge(
     elif run.quantization is not None:
         dequantise(model)
     written = model.dtype if dtype is None else getattr(torch, dtype)
-    require_room(out, model, written, work=chosen == "least-squares")
-    settings = (calibration, chosen, base_weights, str(run.model), str(run.quantization), _hash_of(reference))
+    numbers = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    solved = sum(p.nbytes for p in model.parameters()) if chosen == "least-squares" else 0
+    require_room(out, numbers * written.itemsize + solved)
+    settings = (calibration, chosen, base_weights, fingerprint(model), str(run.quantization), _hash_of(reference))
     with writing(out), solved_layers(out, key_of(run.folder, *map(str, settings))) as work:
         linears = _merge(model, chosen, reference, calibration, work, say)
         place = model.device
@@ -140,10 +142,7 @@ def merge(
                 peak_memory_bytes=peak_memory(),
             )
             del again
-            require_close(merged, tolerance)
-            write_text(folder / MERGE_FILE, json.dumps(merged.document(), indent=1, sort_keys=True) + "\n")
-            write_text(folder / "README.md", card(merged))
-            write_manifest(folder)
+            seal(folder, merged, tolerance)
     return merged
 
 
@@ -226,6 +225,14 @@ def require_close(merged: Merged, tolerance: float | None) -> None:
     if not found <= tolerance:  # also when it is not a number
         problem = f"the merged model differs from the adapter: mean KL {found:.2e} nats, {tolerance:g} allowed"
         raise CheckFailed(problem, "nothing was kept; give a larger --tolerance if that is good enough")
+
+
+def seal(folder: Path, merged: Merged, tolerance: float | None) -> None:
+    """Refuses what is beyond the tolerance, and writes verdict, card and manifest beside the rest."""
+    require_close(merged, tolerance)
+    write_text(folder / MERGE_FILE, json.dumps(merged.document(), indent=1, sort_keys=True) + "\n")
+    write_text(folder / "README.md", card(merged))
+    write_manifest(folder)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from smore_cli.data.batch import Batch
     from smore_cli.merging.work import Work
 
-__all__ = ["merge_sequentially"]
+__all__ = ["linear_maps", "merge_sequentially"]
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def merge_sequentially(
         priors = {} if gates is None else _priors(here, gates)
         for module in here.values():
             module.active = None
-        maps = {path: base for path, module in here.items() for path, base in _linear_maps(path, module.base)}
+        maps = {path: base for path, module in here.items() for path, base in linear_maps(path, module.base)}
         done = work.read(number)
         if done is None and maps:
             found = solve_layer(merged, layers, number, maps, outputs, priors, solver)
@@ -127,7 +127,7 @@ def _priors(adapted: dict[str, AdaptedModule], gates: MeanGates) -> dict[str, Te
     return {path: mean_update(m.adapter(cast("str", m.active)), gates).D for path, m in linear.items()}
 
 
-def _linear_maps(path: str, base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_maps(path: str, base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the linear maps of an adapted module by path: itself, or those within."""
     if is_linear(base):
         yield path, base
