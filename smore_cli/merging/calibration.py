@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from smore_cli.recipe.schema import Recipe
 
-__all__ = ["FORMATS", "Calibration", "Corpus", "Texts", "batches_of", "read_texts"]
+__all__ = ["FORMATS", "Calibration", "Corpus", "Texts", "batches_of", "gold_rows", "read_texts"]
 
 FORMATS: tuple[str, ...] = Source.model_fields["format"].annotation.__args__  # type: ignore[union-attr]
 PASS_TOKENS = 2048
@@ -106,7 +106,7 @@ def read_texts(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase, option
     if options.path is not None:
         source = _given(options, recipe)
         data = _reading(recipe.data if recipe else DataConfig(train=[source]), source)
-        mixture = [(1.0, Corpus(describe_source(source), _single(build_rows(data, tokenizer, [source]).rows)))]
+        mixture = [(1.0, Corpus(describe_source(source), gold_rows(build_rows(data, tokenizer, [source]).rows)))]
     calibration, left = _draw(mixture, options.tokens)
     if not judged:
         judged, role = left, "training rows not fitted to"
@@ -131,12 +131,12 @@ def _of_run(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase) -> tuple[
     if recipe is None:
         data = DataConfig(train=[Source(path=QUICKSTART, format="multiple_choice")], template="plain")
         source = Source(path=QUICKSTART, split="test", format="multiple_choice")
-        judged = [Corpus("quickstart (test)", _single(build_rows(data, tokenizer, [source]).rows))]
-        train = Corpus(QUICKSTART, _single(build_rows(data, tokenizer, data.train).rows))
+        judged = [Corpus("quickstart (test)", gold_rows(build_rows(data, tokenizer, [source]).rows))]
+        train = Corpus(QUICKSTART, gold_rows(build_rows(data, tokenizer, data.train).rows))
         return [(1.0, train)], judged, "bundled questions"
     data = recipe.data
     evaluated = [
-        Corpus(describe_source(source), _single(cached_rows(data, tokenizer, [source], lambda _: None).rows))
+        Corpus(describe_source(source), gold_rows(cached_rows(data, tokenizer, [source], lambda _: None).rows))
         for source in data.eval or []
     ]
     if data.streaming:
@@ -144,7 +144,7 @@ def _of_run(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase) -> tuple[
         numbers = range(512)
         stream.tokenise(numbers)
         names = ", ".join(describe_source(source) for source in data.train)
-        return [(1.0, Corpus(names, _single([stream[n] for n in numbers])))], evaluated, "evaluation data"
+        return [(1.0, Corpus(names, gold_rows([stream[n] for n in numbers])))], evaluated, "evaluation data"
     found = cached_rows(data, tokenizer, data.train, lambda _: None)
     kept, held_out = ([int(i) for i in range(len(found.rows))], []) if data.eval else _split(len(found.rows), recipe)
     ends = [0, *accumulate(report.rows for report in found.report.sources)]
@@ -152,7 +152,7 @@ def _of_run(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase) -> tuple[
     def corpora(numbers: list[int]) -> list[Corpus]:
         spans = zip(data.train, ends[:-1], ends[1:], strict=True)
         return [
-            Corpus(describe_source(source), _single([found.rows[i] for i in numbers if first <= i < end]))
+            Corpus(describe_source(source), gold_rows([found.rows[i] for i in numbers if first <= i < end]))
             for source, first, end in spans
         ]
 
@@ -191,7 +191,7 @@ def _reading(data: DataConfig, source: Source) -> DataConfig:
     return data.model_copy(update=changes)
 
 
-def _single(rows: Sequence[Row]) -> list[Row]:
+def gold_rows(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows with their right branch alone."""
     return [Row(r.prompt, [r.branches[r.gold]], [r.supervised[r.gold]], group=r.group) for r in rows]
 
