@@ -8,7 +8,7 @@ Where only layer n and what is above it differ from one measurement to the next,
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from smore_cli.data.batch import Row
     from smore_cli.merging.streams import Layers
+    from smore_cli.nn.gate_edit import GateEdit
 
 __all__ = ["Losses", "Passes", "evaluating"]
 
@@ -85,11 +86,11 @@ class Passes:
         self._streams = open_streams(model, layers, self._batches)
 
     @torch.no_grad()
-    def losses(self) -> Losses:
-        """Returns the losses of the model as it is now, from the next layer on."""
+    def losses(self, edit: GateEdit | None = None) -> Losses:
+        """Returns the losses of the model as it is now from the next layer on, there with gates edited."""
         nats, tokens = [], []
         for batch, stream in zip(self._batches, self._streams, strict=True):
-            with _starting_at(self.layers, self.number, stream.hidden), stream.context:
+            with _starting_at(self.layers, self.number, stream.hidden), replace(stream.context, edit=edit):
                 logprobs = target_logprobs(self.model, batch).double()
             rows = batch.branch_row[batch.choice]  # (n,)
             zero = logprobs.new_zeros(len(batch.gold))
