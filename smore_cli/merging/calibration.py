@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from smore_cli.recipe.schema import Recipe
 
-__all__ = ["FORMATS", "Calibration", "Corpus", "Texts", "batches_of", "gold_rows", "read_texts"]
+__all__ = ["FORMATS", "Calibration", "Corpus", "Texts", "batches_of", "gold_rows", "read_texts", "training_text"]
 
 FORMATS: tuple[str, ...] = Source.model_fields["format"].annotation.__args__  # type: ignore[union-attr]
 PASS_TOKENS = 2048
@@ -115,6 +115,21 @@ def read_texts(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase, option
     return Texts(calibration, [_first(corpus, JUDGED_TOKENS) for corpus in judged], role)
 
 
+def training_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: int, *, without: Sequence[Row]) -> Corpus:
+    """Returns about so many tokens of a run's training mixture, none of them in the rows that are named.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    taken = {_text_of(row) for row in gold_rows(without)}
+    mixture, _, _ = _of_run(recipe, tokenizer)
+    rest = [
+        (weight, Corpus(corpus.origin, [row for row in corpus.rows if _text_of(row) not in taken]))
+        for weight, corpus in mixture
+    ]
+    return _draw(rest, tokens)[0]
+
+
 def batches_of(rows: Sequence[Row], pad_token_id: int) -> list[Batch]:
     """Returns rows as forward passes of about `PASS_TOKENS`, long ones first, so that little is padding."""
     ordered = sorted(rows, key=lambda row: row.length, reverse=True)
@@ -194,6 +209,10 @@ def _reading(data: DataConfig, source: Source) -> DataConfig:
 def gold_rows(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows with their right branch alone."""
     return [Row(r.prompt, [r.branches[r.gold]], [r.supervised[r.gold]], group=r.group) for r in rows]
+
+
+def _text_of(row: Row) -> tuple[int, ...]:
+    return (*row.prompt, *row.branches[0])
 
 
 def _draw(mixture: Sequence[tuple[float, Corpus]], tokens: int) -> tuple[Corpus, list[Corpus]]:

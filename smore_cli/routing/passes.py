@@ -71,6 +71,7 @@ class Passes:
 
     Attributes:
         number: of the layer that comes next.
+        tokens: of all rows.
 
     Raises:
         UsageError: nothing of the rows is supervised.
@@ -82,6 +83,7 @@ class Passes:
             raise UsageError("no token of the held-out rows is learned or scored, so there is no loss to compare")
         self.model, self.layers, self.number = model, layers, 0
         logit_rule(model)  # is found out once, by passes of another length
+        self.tokens = sum(int(batch.token_mask.sum()) for batch in batches)
         self._batches = [batch.to(model.device) for batch in batches]
         self._streams = open_streams(model, layers, self._batches)
 
