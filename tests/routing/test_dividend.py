@@ -13,10 +13,11 @@ from smore_cli.data.batch import Row
 from smore_cli.errors import UsageError
 from smore_cli.merging.calibration import Corpus
 from smore_cli.merging.verdict import read
-from smore_cli.nn import adapted_modules, detach, set_active
+from smore_cli.nn import adapted_modules, attach, set_active
 from smore_cli.routing.dividend import measure_dividend
 from tests.contract.conftest import CASES
-from tests.contract.models import PAD, adapters, token_ids
+from tests.contract.models import PAD, adapters, randomised, token_ids
+from tests.contract.quantised import quantised
 from tests.contract.test_merging import text
 
 
@@ -116,4 +117,19 @@ def test_rows_without_anything_to_predict_are_refused() -> None:
     rows = [Row([3, 4], [[5]], [[False]])]
     with pytest.raises(UsageError, match="no token of the held-out rows"):
         measure_dividend(model, text(4, seed=0), rows, pad_token_id=PAD)
-    detach(model)
+
+
+def test_a_quantised_backbone_is_measured_as_the_weights_it_stands_for_and_stays_quantised() -> None:
+    model: Any = copy.deepcopy(quantised("nf4"))
+    attach(model, CASES["mola-llama"].config.model_copy(update={"target_modules": ["down_proj"]}))
+    randomised(model)
+    judged = text(12, seed=900)
+    before = [(path, type(module)) for path, module in model.named_modules()]
+    (routed,) = read(model, [Corpus("", judged)], PAD, logits=False)
+    found = measure_dividend(model, text(60, seed=0), judged, pad_token_id=PAD)
+    assert before == [(path, type(module)) for path, module in model.named_modules()]
+    assert any("4bit" in kind.__name__ for _, kind in before)
+    assert found.routed == pytest.approx(routed.loss, rel=1e-4)
+    assert found.static != found.base
+    (again,) = read(model, [Corpus("", judged)], PAD, logits=False)
+    assert again.loss == routed.loss
