@@ -36,6 +36,7 @@ _COMMANDS = {
     "merge": "merge:merge_command",
     "export": "export:export_command",
     "import": "import_adapter:import_command",
+    "compare": "compare:compare_command",
     "inspect-routing": "inspect_routing:inspect_routing_command",
     "recipe": "recipe:app",
     "data": "data:app",

@@ -49,6 +49,16 @@ def inspect_routing_command(
         str | None,
         typer.Option("--detail", metavar="PATH", help="All numbers of one linear map, by path or as in 3.q."),
     ] = None,
+    causal: Annotated[
+        bool,
+        typer.Option("--causal", help="Also what each expert is worth: the loss without it, and with nothing but it."),
+    ] = False,
+    dividend: Annotated[
+        bool,
+        typer.Option(
+            "--dividend", help="Also what routing earned over the best static update; by layer where --layers is given."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show which experts the tokens of some data use: per layer, projection and tree level."""
@@ -62,12 +72,15 @@ def inspect_routing_command(
     wanted_layers = parse_layers(layers) if layers is not None else None
 
     from smore_cli.routing.session import Choice, DataRequest, inspect_run
+    from smore_cli.routing.worth import WorthRequest
 
     profile = inspect_run(
         run,
         DataRequest(data, format_name, split, limit),
         Choice(level, wanted_layers, detail),
         batch_size=batch_size,
+        worth=WorthRequest(causal, dividend, frozenset(wanted_layers or ())),
+        say=_say,
         progress=_progress,
     )
     if as_json:
@@ -105,20 +118,50 @@ def _print(profile: RoutingProfile, *, in_full: bool) -> None:
         out.print(view.summary_table(profile.routers))
         for text in view.dead_lines(profile.routers):
             line(text, "red")
+    _print_worth(profile, in_full=in_full)
+
+
+def _print_worth(profile: RoutingProfile, *, in_full: bool) -> None:
+    """Prints what experts and routing are worth, where that was measured."""
+    from smore_cli.cli.console import out
+    from smore_cli.routing import worth_view as view
+
+    def line(text: str, style: str = "") -> None:
+        out.print(text, style=style, markup=False)
+
+    if (causal := profile.worth.causal) is not None:
+        line(f"\n{view.causal_line(causal)}", "bold")
+        for name, table in view.causal_tables(causal, in_full=in_full):
+            line(f"level {name}")
+            out.print(table)
+        if not in_full:
+            line(view.CAUSAL_LEGEND, "dim")
+    if (dividend := profile.worth.dividend) is not None:
+        line("\nWhat routing earned", "bold")
+        for text in view.dividend_lines(dividend, profile.worth.fitted_to):
+            line(text)
+        if dividend.layers:
+            out.print(view.dividend_table(dividend))
+
+
+def _say(line: str) -> None:
+    from smore_cli.cli.console import err
+
+    err.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Shows how many rows are done: a bar on a terminal, one plain line elsewhere."""
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how much of a piece of work is done: a bar on a terminal, one plain line elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from smore_cli.cli.console import err
 
     if not err.is_terminal:
-        err.print("running the rows through the model ...", markup=False)
+        _say(f"{what} ...")
         yield lambda done, total: None
         return
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("rows", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
 
     from smore_cli.recipe.schema import Recipe
 
-__all__ = ["FORMATS", "Calibration", "Corpus", "Texts", "batches_of", "read_texts"]
+__all__ = [
+    "FORMATS",
+    "Calibration",
+    "Corpus",
+    "Texts",
+    "batches_of",
+    "first_tokens",
+    "gold_rows",
+    "read_texts",
+    "training_text",
+]
 
 FORMATS: tuple[str, ...] = Source.model_fields["format"].annotation.__args__  # type: ignore[union-attr]
 PASS_TOKENS = 2048
@@ -108,13 +118,28 @@ def read_texts(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase, option
     if options.path is not None:
         source = _given(options, recipe)
         data = _reading(recipe.data if recipe else DataConfig(train=[source]), source)
-        mixture = [(1.0, Corpus(describe_source(source), _single(build_rows(data, tokenizer, [source]).rows)))]
+        mixture = [(1.0, Corpus(describe_source(source), gold_rows(build_rows(data, tokenizer, [source]).rows)))]
     calibration, left = _draw(mixture, options.tokens)
     if not judged:
         judged, role = left, "training rows not fitted to"
         if not judged:  # all were fitted to: better these than none
             judged = [calibration]
-    return Texts(calibration, [_first(corpus, JUDGED_TOKENS) for corpus in judged], role)
+    return Texts(calibration, [first_tokens(corpus, JUDGED_TOKENS) for corpus in judged], role)
+
+
+def training_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: int, *, without: Sequence[Row]) -> Corpus:
+    """Returns about so many tokens of a run's training mixture, none of them in the rows that are named.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    taken = {_text_of(row) for row in gold_rows(without)}
+    mixture, _, _ = _of_run(recipe, tokenizer)
+    rest = [
+        (weight, Corpus(corpus.origin, [row for row in corpus.rows if _text_of(row) not in taken]))
+        for weight, corpus in mixture
+    ]
+    return _draw(rest, tokens)[0]
 
 
 def batches_of(rows: Sequence[Row], pad_token_id: int, *, tokens: int = PASS_TOKENS) -> list[Batch]:
@@ -133,12 +158,12 @@ def _of_run(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase) -> tuple[
     if recipe is None:
         data = DataConfig(train=[Source(path=QUICKSTART, format="multiple_choice")], template="plain")
         source = Source(path=QUICKSTART, split="test", format="multiple_choice")
-        judged = [Corpus("quickstart (test)", _single(build_rows(data, tokenizer, [source]).rows))]
-        train = Corpus(QUICKSTART, _single(build_rows(data, tokenizer, data.train).rows))
+        judged = [Corpus("quickstart (test)", gold_rows(build_rows(data, tokenizer, [source]).rows))]
+        train = Corpus(QUICKSTART, gold_rows(build_rows(data, tokenizer, data.train).rows))
         return [(1.0, train)], judged, "bundled questions"
     data = recipe.data
     evaluated = [
-        Corpus(describe_source(source), _single(cached_rows(data, tokenizer, [source], lambda _: None).rows))
+        Corpus(describe_source(source), gold_rows(cached_rows(data, tokenizer, [source], lambda _: None).rows))
         for source in data.eval or []
     ]
     if data.streaming:
@@ -146,7 +171,7 @@ def _of_run(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase) -> tuple[
         numbers = range(512)
         stream.tokenise(numbers)
         names = ", ".join(describe_source(source) for source in data.train)
-        return [(1.0, Corpus(names, _single([stream[n] for n in numbers])))], evaluated, "evaluation data"
+        return [(1.0, Corpus(names, gold_rows([stream[n] for n in numbers])))], evaluated, "evaluation data"
     found = cached_rows(data, tokenizer, data.train, lambda _: None)
     kept, held_out = ([int(i) for i in range(len(found.rows))], []) if data.eval else _split(len(found.rows), recipe)
     ends = [0, *accumulate(report.rows for report in found.report.sources)]
@@ -154,7 +179,7 @@ def _of_run(recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase) -> tuple[
     def corpora(numbers: list[int]) -> list[Corpus]:
         spans = zip(data.train, ends[:-1], ends[1:], strict=True)
         return [
-            Corpus(describe_source(source), _single([found.rows[i] for i in numbers if first <= i < end]))
+            Corpus(describe_source(source), gold_rows([found.rows[i] for i in numbers if first <= i < end]))
             for source, first, end in spans
         ]
 
@@ -193,9 +218,13 @@ def _reading(data: DataConfig, source: Source) -> DataConfig:
     return data.model_copy(update=changes)
 
 
-def _single(rows: Sequence[Row]) -> list[Row]:
+def gold_rows(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows with their right branch alone."""
     return [Row(r.prompt, [r.branches[r.gold]], [r.supervised[r.gold]], group=r.group) for r in rows]
+
+
+def _text_of(row: Row) -> tuple[int, ...]:
+    return (*row.prompt, *row.branches[0])
 
 
 def _draw(mixture: Sequence[tuple[float, Corpus]], tokens: int) -> tuple[Corpus, list[Corpus]]:
@@ -215,7 +244,7 @@ def _draw(mixture: Sequence[tuple[float, Corpus]], tokens: int) -> tuple[Corpus,
     return Corpus(", ".join(corpus.origin for _, corpus in mixture), drawn), left
 
 
-def _first(corpus: Corpus, tokens: int) -> Corpus:
+def first_tokens(corpus: Corpus, tokens: int) -> Corpus:
     """Returns the first rows of a corpus, as many as hold that many tokens."""
     rows, taken = list[Row](), 0
     for row in corpus.rows:

@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-__all__ = ["adapters_of", "add_update", "dequantise", "fold", "is_constant", "set_weight"]
+__all__ = [
+    "adapters_of",
+    "add_update",
+    "dequantise",
+    "dequantised",
+    "fold",
+    "is_constant",
+    "quantised_maps",
+    "set_weight",
+]
 
 
 def adapters_of(model: nn.Module, name: str = "default") -> dict[str, AdaptedModule]:
@@ -109,20 +118,25 @@ def quantised_maps(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module
 
 
 @torch.no_grad()
+def dequantised(quantised: Any, dtype: torch.dtype) -> nn.Linear:
+    """Returns a quantised linear map as one with the weights it stands for."""
+    weight, bias = dense_weight(quantised).to(dtype), quantised.bias
+    with torch.device("meta"):
+        plain = nn.Linear(quantised.in_features, quantised.out_features, bias=bias is not None)
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return plain
+
+
+@torch.no_grad()
 def dequantise(model: PreTrainedModel) -> None:
     """Replaces every quantised linear map by one with the weights it stands for, in the model's compute type.
 
     These are the weights that the adapter was trained on. The model is then an ordinary one, also to its config.
     """
     for parent, attribute, quantised in quantised_maps(model):
-        old: Any = quantised
-        weight = dense_weight(old).to(model.dtype)
-        with torch.device("meta"):
-            plain = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
-        if old.bias is not None:
-            plain.bias = nn.Parameter(old.bias.to(model.dtype), requires_grad=False)
-        setattr(parent, attribute, plain)
+        setattr(parent, attribute, dequantised(quantised, model.dtype))
     marks: Any = model
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         if name in marks.__dict__:

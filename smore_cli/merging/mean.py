@@ -137,7 +137,7 @@ class _FixedRouter(Router):
         self.register_buffer("gates", gates.double())
         self.to(router.weight.device)
 
-    def route(self, logits: Tensor) -> Routing:
+    def decide(self, logits: Tensor) -> Routing:
         """Returns the gates for N tokens."""
         gates = self.gates.expand(len(logits), *self.gates.shape)
         return Routing(gates, gates, gates)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from smore_cli.data.batch import Batch
     from smore_cli.merging.work import Work
 
-__all__ = ["linear_maps", "merge_sequentially"]
+__all__ = ["linear_maps", "maps_of", "merge_layer", "merge_sequentially", "routed_modules"]
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def merge_sequentially(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     solver: Solver,
-    work: Work,
+    work: Work | None,
     say: Callable[[str], None],
 ) -> dict[str, MapResult]:
     """Replaces the active adapter by updates of the weights it stands beside, in place, and switches it off.
@@ -49,43 +49,87 @@ def merge_sequentially(
         model: with a routed adapter active, its weights not quantised.
         batches: the calibration text.
         solver: how.
-        work: keeps the layers that are done, and gives back those that an earlier attempt did.
+        work: keeps the layers that are done, and gives back those that an earlier attempt did; None: nothing is kept.
         say: takes a line of progress.
 
     Returns:
         What became of each linear map, by path.
     """
-    adapted = {
-        path: module
-        for path, module in adapted_modules(model).items()
-        if module.active is not None and not isinstance(module.adapter(module.active), FullCopy)
-    }
+    adapted = routed_modules(model)
     layers = layers_of(model, adapted)
     routed = open_streams(model, layers, batches)
     merged = [stream.beside() for stream in routed]
     results: dict[str, MapResult] = {}
     for number in range(len(layers.modules)):
-        prefix = f"{layers.path}.{number}."
-        here = {path: module for path, module in adapted.items() if path.startswith(prefix)}
-        gates = MeanGates() if solver.prior == "mean" else None
-        outputs = _run_routed(routed, layers, number, here, gates)
-        priors = {} if gates is None else _priors(here, gates)
-        for module in here.values():
-            module.active = None
-        maps = {path: base for path, module in here.items() for path, base in linear_maps(path, module.base)}
-        done = work.read(number)
-        if done is None and maps:
-            found = solve_layer(merged, layers, number, maps, outputs, priors, solver)
+        done = None if work is None else work.read(number)
+        found = merge_layer(layers, number, adapted, (routed, merged), solver, done)
+        results |= found
+        if work is not None and done is None and found:
+            maps = maps_of(layers, number, adapted)
             work.write(number, {path: kept_tensors(maps[path], result) for path, result in found.items()})
-        results |= {path: restore(maps[path], tensors) for path, tensors in (work.read(number) or {}).items()}
+            for path, tensors in (work.read(number) or {}).items():
+                restore(maps[path], tensors)  # from now on a piece of the file
         if number + 1 < len(layers.modules):
             for stream in merged:
                 stream.hidden = stream.run(layers, number)
-        if maps:
-            missed = sum(results[path].missed for path in maps) / len(maps)
+        if found:
+            missed = sum(result.missed for result in found.values()) / len(found)
             again = " (from an earlier attempt)" if done is not None else ""
             say(f"layer {number + 1} of {len(layers.modules)}: {100 * missed:.2f} % of its update missed{again}")
     return results
+
+
+@torch.no_grad()
+def merge_layer(
+    layers: Layers,
+    number: int,
+    adapted: dict[str, AdaptedModule],
+    streams: tuple[Sequence[Stream], Sequence[Stream]],
+    solver: Solver,
+    done: dict[str, dict[str, Tensor]] | None = None,
+) -> dict[str, MapResult]:
+    """Replaces the adapters of one layer by updates of its weights, in place, and switches them off.
+
+    Args:
+        layers: the stack.
+        number: of the layer.
+        adapted: all modules with a routed adapter, by path.
+        streams: the routed model's, which this takes through the layer, and the merged one's, which stay before it.
+        solver: how.
+        done: what was solved before, to be done again.
+
+    Returns:
+        What became of each of its linear maps, by path.
+    """
+    here = _within(layers, number, adapted)
+    gates = MeanGates() if solver.prior == "mean" else None
+    outputs = _run_routed(streams[0], layers, number, here, gates)
+    priors = {} if gates is None else _priors(here, gates)
+    for module in here.values():
+        module.active = None
+    maps = maps_of(layers, number, adapted)
+    if done is not None:
+        return {path: restore(maps[path], tensors) for path, tensors in done.items()}
+    return solve_layer(streams[1], layers, number, maps, outputs, priors, solver) if maps else {}
+
+
+def routed_modules(model: nn.Module) -> dict[str, AdaptedModule]:
+    """Returns the modules whose active adapter is more than a copy of them, by path."""
+    return {
+        path: module
+        for path, module in adapted_modules(model).items()
+        if module.active is not None and not isinstance(module.adapter(module.active), FullCopy)
+    }
+
+
+def maps_of(layers: Layers, number: int, adapted: dict[str, AdaptedModule]) -> dict[str, nn.Module]:
+    """Returns the linear maps that a static update of a layer changes, by path."""
+    here = _within(layers, number, adapted)
+    return {path: base for at, module in here.items() for path, base in linear_maps(at, module.base)}
+
+
+def _within(layers: Layers, number: int, adapted: dict[str, AdaptedModule]) -> dict[str, AdaptedModule]:
+    return {path: module for path, module in adapted.items() if path.startswith(f"{layers.path}.{number}.")}
 
 
 def _run_routed(

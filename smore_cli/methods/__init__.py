@@ -81,6 +81,8 @@ class MethodConfig(BaseModel):
     """What it can adapt."""
     starts_as_backbone: ClassVar[bool] = True
     """Whether a fresh adapter changes nothing at all."""
+    size_fields: ClassVar[tuple[str, ...]] = ("rank",)
+    """The settings that make it larger or smaller without making it another method."""
 
     method: Annotated[str, Field(description="which method; `smore recipe schema` lists the fields of each")]
     target_modules: Annotated[

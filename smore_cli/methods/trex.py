@@ -54,6 +54,7 @@ class TRexConfig(MethodConfig):
 
     title: ClassVar[str] = "T-REX: a grid of rank-one experts and a prior from the prompt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.08985"
+    size_fields: ClassVar[tuple[str, ...]] = ("num_down", "num_up")
 
     method: Literal["trex"] = "trex"
     num_down: Annotated[int, Field(description="r1, down vectors; there are r1 r2 rank-one experts", ge=1)] = 4

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from smore_cli.data.batch import Batch
+    from smore_cli.nn.gate_edit import GateEdit
 
 __all__ = [
     "AdapterContext",
@@ -115,6 +116,7 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
         token_mask: (B, S), true or non-zero on real tokens; None: every token is real.
         aux: whether routers add to `records` (training) or not (evaluation).
         observe: called with the `RoutingTrace` of every router, for inspection.
+        edit: changes the gates of some routers after they have decided, to see what their experts are worth.
         records: what the auxiliary losses need, in the order of the forward pass.
         loads: how busy the experts were, in the same order; filled where `aux` is on.
         groups: (B,) the group each sequence belongs to, for losses that know of groups (LoRAMoE).
@@ -130,6 +132,7 @@ class AdapterContext(AbstractContextManager["AdapterContext"]):
     token_mask: Tensor | None = None
     aux: bool = True
     observe: Callable[[RoutingTrace], None] | None = None
+    edit: GateEdit | None = None
     records: list[RoutingRecord] = field(default_factory=list)
     loads: list[ExpertLoad] = field(default_factory=list)
     groups: Tensor | None = None

@@ -40,7 +40,7 @@ class MixtureRouter(Router):
         """The sub-routers' rows, then those of the main router."""
         return self.weight if self.main is None else torch.cat([self.weight, self.main.weight])
 
-    def route(self, logits: Tensor) -> Routing:
+    def decide(self, logits: Tensor) -> Routing:
         """Routes by the logits of all routers, (N, K s + K), or (N, s) where there is one."""
         votes = logits[:, : len(self.weight)].unflatten(1, (self.groups, self.num_experts)).softmax(-1)  # (N, K, s)
         if self.main is None:

@@ -60,9 +60,9 @@ class PriorRouter(Router):
         self.token_scale, self.prior_scale, self.sharpness = token_scale, prior_scale, sharpness
         self.on_missing = on_missing
 
-    def route(self, logits: Tensor) -> Routing:
+    def decide(self, logits: Tensor) -> Routing:
         """Routes (N, K) logits: rows of equal length one after another, each a sequence or a pack of documents."""
-        routing = super().route(logits)
+        routing = super().decide(logits)
         mix, scale = torch.sigmoid(self.sharpness * self.omega), torch.sigmoid(self.sharpness * self.g)
         gates = self.token_scale * mix * routing.probabilities  # (N, 1, K)
         if (prior := self._prior(len(logits), gates)) is not None:

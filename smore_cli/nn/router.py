@@ -108,7 +108,12 @@ class Router(nn.Module):
         return self.weight
 
     def route(self, logits: Tensor) -> Routing:
-        """Routes by what `rows` gave for the features, (N, R), float32 or wider."""
+        """Routes by what `rows` gave for the features, (N, R), float32 or wider; see `AdapterContext.edit`."""
+        routing, context = self.decide(logits), current_context()
+        return routing if context is None or context.edit is None else context.edit.routing(self, routing)
+
+    def decide(self, logits: Tensor) -> Routing:
+        """Returns what the router itself makes of the logits (N, R)."""
         logits = logits.unflatten(1, (self.groups, self.num_experts))
         probabilities = torch.softmax(logits, -1)
         gates, picked = self.select(probabilities)

@@ -224,7 +224,8 @@ class TreeRouter(nn.Module):
             x_down: (N, d_down) the token's part of the router input, D x + delta; at least float32.
             again: what was picked before for the same tokens: nothing is picked or drawn anew, only weighted.
         """
-        levels, width = cast("list[LevelRouter]", list(self.levels)), x_down.shape[1]
+        levels, width, context = cast("list[LevelRouter]", list(self.levels)), x_down.shape[1], current_context()
+        edit = None if context is None else context.edit
         # Columns of a level's first products: of the token, then of the key of each ancestor, the root's child first.
         columns = [width, *(level.keys.shape[1] for level in reversed(levels))]
         weights = [level.input_weight().split(columns[: len(levels) - l], dim=1) for l, level in enumerate(levels)]
@@ -236,6 +237,8 @@ class TreeRouter(nn.Module):
             unit_keys = F.normalize(levels[l].keys, dim=-1) if self.score == "cosine" else None
             logits, noise_scale = levels[l].scores(pre[l], unit_keys)
             picked = self._pick(l, logits, noise_scale, None if again is None else again[l])
+            if edit is not None:
+                picked = edit.picks(self, l, picked)
             picks.insert(0, picked)
             for below in range(l):
                 table = (levels[l].keys if unit_keys is None else unit_keys) @ weights[below][depth].t()  # (s, ..)

@@ -9,12 +9,13 @@ from collections import defaultdict
 from functools import reduce
 from typing import Any, cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from smore_cli.methods import available_methods
 from smore_cli.recipe.document import Document, Loc
 from smore_cli.recipe.reading import CORE_SCALARS
+from smore_cli.recipe.schema import Recipe
 from smore_cli.recipe.unknown_keys import known_keys, unknown_key
 
 __all__ = ["explain", "explain_removed", "without_unknown_keys"]
@@ -40,13 +41,14 @@ _NOUNS = {
 _PATTERNS = {name: pattern for name, pattern, _ in CORE_SCALARS}
 
 
-def explain(error: ValidationError, document: Document, values: dict[str, Any]) -> None:
+def explain(error: ValidationError, document: Document, values: dict[str, Any], root: type[BaseModel] = Recipe) -> None:
     """Adds each of pydantic's findings to the document's problems, once.
 
     Args:
-        error: what `Recipe.model_validate(values)` raised.
+        error: what `root.model_validate(values)` raised.
         document: where the values stand.
         values: the values as they were checked.
+        root: what they were checked by.
     """
     unions: dict[Loc, list[tuple[Loc, ErrorDetails]]] = defaultdict(list)
     for detail in error.errors(include_url=False):
@@ -57,7 +59,7 @@ def explain(error: ValidationError, document: Document, values: dict[str, Any]) 
             also = f": one of {', '.join(available_methods())}" if (*loc, *tags) == ("adapter", "method") else ""
             document.add((*loc, *tags), f"missing key '{tags[0]}'{section}{also}")
         elif kind == "extra_forbidden":
-            document.add(loc, unknown_key(loc, values), key=True)
+            document.add(loc, unknown_key(loc, values, root), key=True)
         elif tags and tags[-1] != "[key]":
             # pydantic names the member of a union between the field and what is wrong in it.
             unions[detail["loc"][: detail["loc"].index(tags[0])]].append((loc, detail))

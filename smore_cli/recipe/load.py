@@ -15,7 +15,7 @@ from smore_cli.recipe.overrides import apply_overrides
 from smore_cli.recipe.reading import read_document
 from smore_cli.recipe.schema import Recipe
 
-__all__ = ["load_recipe", "read_recipe"]
+__all__ = ["checked", "load_recipe", "read_recipe"]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -35,14 +35,26 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe
     """Returns what `load_recipe` does, and the document, which knows where everything stands."""
     document = read_document(path)
     apply_overrides(document, overrides)
-    values = document.values
+    return checked(document.values, document), document
+
+
+def checked(values: dict[str, Any], document: Document) -> Recipe:
+    """Returns the recipe of some values.
+
+    Args:
+        values: of a whole recipe.
+        document: where they stand.
+
+    Raises:
+        RecipeError: with every problem, those noted in the document before included.
+    """
     _check(values, document)
     explain_removed(document, values)
     for locs, message in find_contradictions(values):
         # Of two settings that exclude each other, the override is pointed at, or else the one further down.
         document.add(max(locs, key=lambda loc: order(document.where(loc, key=True))), message, key=True)
     document.fail_if_any()
-    return Recipe.model_validate(values), document
+    return Recipe.model_validate(values)
 
 
 def _check(values: dict[str, Any], document: Document) -> None:

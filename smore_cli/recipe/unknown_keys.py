@@ -15,18 +15,18 @@ from smore_cli.recipe.schema import Recipe, Source
 __all__ = ["known_keys", "unknown_key"]
 
 
-def unknown_key(loc: Loc, values: dict[str, Any]) -> str:
+def unknown_key(loc: Loc, values: dict[str, Any], root: type[BaseModel] = Recipe) -> str:
     """Returns the message about the key at `loc`, which the section it stands in does not have."""
     *parts, key = loc
     section = tuple(parts)
     where = f"in {'.'.join(map(str, section))}" if section else "at the top level"
-    return f"unknown key '{key}' {where}: {_advice(section, str(key), values)}"
+    return f"unknown key '{key}' {where}: {_advice(section, str(key), values, root)}"
 
 
-def _advice(section: Loc, key: str, values: dict[str, Any]) -> str:
+def _advice(section: Loc, key: str, values: dict[str, Any], root: type[BaseModel]) -> str:
     if foreign := _foreign_name(section, key, values):
         return foreign
-    known = known_keys(section, values)
+    known = known_keys(section, values, root)
     if near := difflib.get_close_matches(key, known, n=1, cutoff=0.75):
         return f"did you mean '{near[0]}'?"
     if homes := _homes(key, values):
@@ -68,9 +68,9 @@ def _homes(key: str, values: dict[str, Any]) -> list[str]:
     return [*sections, *(["the top level"] if key in Recipe.model_fields else [])]
 
 
-def known_keys(section: Loc, values: dict[str, Any]) -> list[str]:
+def known_keys(section: Loc, values: dict[str, Any], root: type[BaseModel] = Recipe) -> list[str]:
     """Returns the keys the section at `section` may have; none if it is not a section."""
-    model: type[BaseModel] | None = Recipe
+    model: type[BaseModel] | None = root
     for part in section:
         if isinstance(part, int) or model is None:
             continue  # an entry of a list has the list's type

@@ -16,14 +16,15 @@ from smore_cli.routing.collect import collect_routing
 from smore_cli.routing.inputs import choose_inputs, given_source
 from smore_cli.routing.layout import choose_level, choose_modules, places
 from smore_cli.routing.statistics import DEAD_BELOW, summarise
+from smore_cli.routing.worth import NOTHING, measure_worth
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from smore_cli.routing.inputs import Inputs
     from smore_cli.routing.statistics import RouterStatistics
+    from smore_cli.routing.worth import Progress, Worth, WorthRequest
 
 __all__ = ["Choice", "DataRequest", "RoutingProfile", "inspect_run"]
 
@@ -58,6 +59,7 @@ class RoutingProfile:
         inputs: the data.
         routers: in the model's order, the root of each first.
         seconds: wall-clock time of each part.
+        worth: what experts and routing are worth, where that was asked for.
     """
 
     run: Path
@@ -66,6 +68,7 @@ class RoutingProfile:
     inputs: Inputs
     routers: list[RouterStatistics]
     seconds: dict[str, float]
+    worth: Worth = NOTHING
 
     def document(self) -> dict[str, Any]:
         """Returns everything as JSON values."""
@@ -78,6 +81,7 @@ class RoutingProfile:
             "dead_below": DEAD_BELOW,
             "levels": [level.document() for level in summarise(self.routers)],
             "routers": [{**vars(found[router.module]), **router.document()} for router in self.routers],
+            **self.worth.document(),
             "seconds": {part: round(seconds, 3) for part, seconds in self.seconds.items()},
             "versions": {"smore": __version__},
         }
@@ -89,7 +93,9 @@ def inspect_run(
     choice: Choice,
     *,
     batch_size: int | None,
-    progress: Callable[[], AbstractContextManager[Callable[[int, int], None]]],
+    worth: WorthRequest,
+    say: Callable[[str], None],
+    progress: Progress,
 ) -> RoutingProfile:
     """Runs data through a run's model and returns what its routers did.
 
@@ -98,7 +104,9 @@ def inspect_run(
         request: which data.
         choice: which routers.
         batch_size: rows a forward pass; None: 8 on a CPU, else 32. The result does not depend on it.
-        progress: a context that yields what to call with the rows done and their total.
+        worth: what else is to be measured.
+        say: takes a line on how long that will take.
+        progress: a context for a piece of work, named, that yields what to call with the steps done and their total.
 
     Raises:
         UsageError: the run has no router, or there is nothing of what was asked for.
@@ -121,7 +129,7 @@ def inspect_run(
     model, tokenizer = opened.load(device)
     wanted = choose_modules(adapted_modules(model), layers=choice.layers, name=choice.module)
     model_done = time.perf_counter()
-    with progress() as on_progress:
+    with progress("running the rows through the model") as on_progress:
         routers = collect_routing(
             model,
             inputs.rows,
@@ -131,5 +139,10 @@ def inspect_run(
         )
     ended = time.perf_counter()
     seconds = {"data": data_done - started, "model": model_done - data_done, "forward": ended - model_done}
+    measured = measure_worth(
+        worth, model, tokenizer, opened.recipe, inputs, modules=wanted, level=choice.level, say=say, progress=progress
+    )
+    if measured != NOTHING:
+        seconds["worth"] = time.perf_counter() - ended
     chosen = choose_level([router for router in routers if router.module in wanted], choice.level)
-    return RoutingProfile(opened.folder, opened.model.name_or_path, method, inputs, chosen, seconds)
+    return RoutingProfile(opened.folder, opened.model.name_or_path, method, inputs, chosen, seconds, measured)

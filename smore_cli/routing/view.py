@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from smore_cli.routing.layout import Place
     from smore_cli.routing.statistics import LevelSummary, RouterStatistics
 
-__all__ = ["LEGEND", "bars", "dead_lines", "detail", "detail_line", "heat_tables", "level_name", "summary_table"]
+__all__ = [
+    "LEGEND",
+    "bars",
+    "dead_lines",
+    "detail",
+    "detail_line",
+    "grid",
+    "heat_tables",
+    "level_name",
+    "summary_table",
+]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 DEAD = "·"
@@ -53,7 +63,7 @@ def heat_tables(routers: Sequence[RouterStatistics], width: int) -> Iterator[Tab
     layers = sorted({layer for layer, _ in cells}, key=lambda layer: (layer is None, layer or 0))
     widths = {name: 2 + max(len(name), router.num_experts) for (_, name), router in cells.items()}
     for names in _that_fit(widths, width - len("layer  effective  ")):
-        table = _grid()
+        table = grid()
         for title in ("layer", "effective"):
             table.add_column(title, justify="right")
         for name in names:
@@ -70,7 +80,7 @@ def heat_tables(routers: Sequence[RouterStatistics], width: int) -> Iterator[Tab
 def summary_table(routers: Sequence[RouterStatistics]) -> Table:
     """Returns one line a tree level: how many experts are in use, the extremes, entropy, dead experts."""
     found = places(router.module for router in routers)
-    table = _grid()
+    table = grid()
     table.add_column("level")
     for title in ("routers", "effective", "lowest", "highest", "entropy", "dead experts"):
         table.add_column(title, justify="right")
@@ -100,7 +110,7 @@ def dead_lines(routers: Sequence[RouterStatistics]) -> list[str]:
 
 def detail(router: RouterStatistics) -> Table:
     """Returns every number of one router, one line an expert."""
-    table = _grid()
+    table = grid()
     for title in ("expert", "load", "gate weight"):
         table.add_column(title, justify="right")
     table.add_column("")
@@ -127,7 +137,8 @@ def level_name(level: int, levels: Sequence[int]) -> str:
     return f"{level} (root)" if level == max(levels) else f"{level} (leaves)" if level == 0 else str(level)
 
 
-def _grid() -> Table:
+def grid() -> Table:
+    """Returns a table without lines."""
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
 
 

@@ -221,3 +221,45 @@ def test_looking_leaves_the_run_as_it_was(run_folder: Path, capsys: pytest.Captu
     before = {path.name: path.stat().st_mtime_ns for path in run_folder.iterdir()}
     document(capsys, run_folder, "--limit", 1)
     assert {path.name: path.stat().st_mtime_ns for path in run_folder.iterdir()} == before
+
+
+def test_what_experts_and_routing_are_worth_is_measured_where_it_is_asked_for(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = document(capsys, run_folder, "--limit", 2)
+    assert not {"causal", "dividend"} & plain.keys()
+    found = document(capsys, run_folder, "--limit", 2, "--layers", "1", "--causal", "--dividend")
+    effects = found["causal"]["effects"]
+    assert [(e["layer"], e["level"], e["expert"]) for e in effects] == [
+        *((1, 1, expert) for expert in range(3)), *((1, 0, expert) for expert in range(4))
+    ]  # fmt: skip
+    assert len(found["causal"]["modules"]) == 7
+    assert any(abs(effect[kind]["value"]) > 1e-6 for effect in effects for kind in ("ablated", "forced"))
+    loss, dividend = found["dividend"]["loss"], found["dividend"]
+    assert loss["routed"] == pytest.approx(found["causal"]["loss"])
+    assert dividend["dividend"] == pytest.approx(loss["static"] - loss["routed"])
+    assert dividend["supervised_tokens"] == found["causal"]["supervised_tokens"]
+    assert dividend["fitted_to"] == "quickstart (train[:24])" and dividend["fitted_tokens"] > 100
+    assert [layer["layer"] for layer in dividend["layers"]] == [1]
+
+
+def test_worth_is_shown_by_layer_or_expert_by_expert_and_what_it_costs_is_said_before(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smore("inspect-routing", run_folder, "--limit", 2, "--causal", "--dividend") == 0
+    shown = capsys.readouterr()
+    assert "28 passes that come to 21 through all layers: about " in shown.err
+    assert "2 fits of a layer: about " in shown.err
+    lines = shown.out.splitlines()
+    tables = [i for i, line in enumerate(lines) if line.split()[:3] == ["layer", "ablated", "largest"]]
+    assert [lines[i - 1] for i in tables] == ["level 1 (root)", "level 0 (leaves)"]
+    for table, experts in zip(tables, (3, 4), strict=True):
+        for layer in (0, 1):
+            number, ablated, _, _, forced, _, expert = lines[table + 1 + layer].split()
+            assert (int(number), len(ablated), len(forced)) == (layer, experts, experts)
+            assert int(expert) < experts
+    assert "routing dividend " in shown.out
+    assert smore("inspect-routing", run_folder, "--limit", 2, "--causal", "--detail", "1.down", "--level", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [table] = [i for i, line in enumerate(lines) if line.split() == ["expert", "ablated", "±", "forced", "±"]]
+    assert [line.split()[0] for line in lines[table + 1 : table + 4]] == ["0", "1", "2"]

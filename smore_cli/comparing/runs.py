@@ -1,0 +1,171 @@
+"""The runs of a comparison, each in a process of its own: trained, evaluated, and then never done again.
+
+    OUT/runs/LABEL-OBJECTIVE-seedN/     an ordinary run
+    OUT/found/LABEL-OBJECTIVE-seedN.json   what was measured of it; while it is not there, the run is gone on with
+    OUT/logs/LABEL-OBJECTIVE-seedN.log     what the run printed
+
+A process of its own, so that the peak of its memory is its own and two can run side by side. All are forked from one
+that has imported the libraries already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smore_cli.atomic import write_text
+from smore_cli.comparing.work import Task, carry_out
+from smore_cli.errors import Interrupted, SmoreError, UsageError
+from smore_cli.recipe.dump import dump_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from smore_cli.comparing.sizes import Sized
+    from smore_cli.comparing.spec import Comparison, Objective
+
+__all__ = ["Planned", "plan_runs", "run_all"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a comparison.
+
+    Attributes:
+        name: of its folder.
+        label: of the method; None: the backbone by itself, which is only evaluated.
+        objective: what it is trained with.
+        seed: of everything in it.
+        task: what its process does.
+        found: the file of what was measured.
+    """
+
+    name: str
+    label: str | None
+    objective: Objective
+    seed: int
+    task: Task
+    found: Path
+
+    @property
+    def key(self) -> str:
+        """A hash of all that its figures depend on."""
+        return hashlib.sha256(json.dumps(vars(self.task), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def result(self) -> dict[str, Any] | None:
+        """Returns what was measured; None: nothing yet.
+
+        Raises:
+            UsageError: it was measured of another run of that name.
+        """
+        if not self.found.is_file():
+            return None
+        values: dict[str, Any] = json.loads(self.found.read_text())
+        if values["key"] != self.key:
+            raise UsageError(
+                f"{self.found} was measured with other settings than this comparison has", "choose another --out"
+            )
+        return values
+
+
+def plan_runs(comparison: Comparison, sized: list[Sized], out: Path) -> list[Planned]:
+    """Returns every run, the backbone first, then seed by seed, so that a part of them compares all methods."""
+    config = comparison.config
+    shared: dict[str, Any] = {
+        "benchmarks": tuple(config.benchmarks),
+        "data_dir": None if config.data_dir is None else str(Path(config.data_dir).absolute()),
+        "limit": config.limit,
+        "general": None if config.general_text is None else config.general_text.model_dump_json(),
+        "general_tokens": config.general_tokens,
+    }
+
+    def planned(name: str, label: str | None, objective: Objective, seed: int, recipe: Any, tokens: int) -> Planned:
+        task = Task(dump_recipe(recipe), label is not None, dividend_tokens=tokens, **shared)
+        return Planned(name, label, objective, seed, task, out / "found" / f"{name}.json")
+
+    plain = comparison.baseline.recipe.model_copy(update={"output_dir": str(out / "runs" / "backbone")})
+    runs = [planned("backbone", None, comparison.objectives[0], 0, plain, 0)]
+    for seed in range(config.seeds):
+        for objective in comparison.objectives:
+            for one in sized:
+                name = f"{one.contender.label}-{objective}-seed{seed}"
+                recipe = one.contender.recipe
+                data = recipe.data.model_copy(update={"objective": objective})
+                changes = {"adapter": one.adapter, "data": data, "seed": seed, "output_dir": str(out / "runs" / name)}
+                tokens = config.dividend_tokens if seed == 0 else 0
+                runs.append(
+                    planned(name, one.contender.label, objective, seed, recipe.model_copy(update=changes), tokens)
+                )
+    return runs
+
+
+def run_all(runs: list[Planned], out: Path, jobs: int, say: Callable[[str], None]) -> None:
+    """Does what is not done yet.
+
+    Args:
+        runs: all of them.
+        out: the comparison's folder.
+        jobs: how many at a time; the processor's cores are divided among them.
+        say: takes a line for each that is done.
+
+    Raises:
+        SmoreError: one failed; the others that were running are finished first.
+        Interrupted: the same command goes on.
+    """
+    left = [run for run in runs if run.result() is None]
+    if len(left) < len(runs):
+        say(f"{len(runs) - len(left)} of {len(runs)} runs are done already")
+    if not left:
+        return
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    started = time.monotonic()
+    for done, (run, outcome) in enumerate(_finished(left, out, jobs, threads), 1):
+        outcome["key"] = run.key
+        write_text(run.found, json.dumps(outcome, indent=1, sort_keys=True) + "\n")
+        rest = (time.monotonic() - started) / done * (len(left) - done)
+        say(
+            f"{len(runs) - len(left) + done} of {len(runs)}: {run.name}, {outcome['seconds']:.0f} s; {_time(rest)} left"
+        )
+
+
+def _finished(runs: list[Planned], out: Path, jobs: int, threads: int) -> Iterator[tuple[Planned, dict[str, Any]]]:
+    """Yields what comes of runs, as they are done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["smore_cli.comparing.work", "smore_cli.training.loop", "smore_cli.evaluation.session"]
+    )
+    pool = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+    futures: dict[Future[dict[str, Any]], Planned] = {
+        pool.submit(carry_out, run.task, out / "logs" / f"{run.name}.log", threads): run for run in runs
+    }
+    try:
+        for future in as_completed(futures):
+            run = futures[future]
+            try:
+                yield run, future.result()
+            except BrokenProcessPool:
+                raise SmoreError(
+                    f"the process of {run.name} or of one beside it was killed", "the same command goes on"
+                ) from None
+            except Interrupted as error:
+                raise Interrupted(f"{run.name}: {error.message}", "the same command goes on") from None
+            except SmoreError as error:
+                log = out / "logs" / f"{run.name}.log"
+                raise SmoreError(f"{run.name}: {error.message}", f"{error.hint or 'see'} ({log})") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
