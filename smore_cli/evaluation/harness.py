@@ -29,6 +29,9 @@ __all__ = ["Template", "evaluate", "score"]
 
 Template = Literal["plain", "chat"]
 
+FEWSHOT_SEED = 1234
+"""lm-eval's own seed of the choice of solved examples."""
+
 
 def evaluate(
     model: PreTrainedModel,
@@ -95,42 +98,91 @@ def score(
     was_training = model.training
     try:
         with _apart():
+            built = {task.name: _build(task, template) for task in tasks}
             found = evaluator.evaluate(
                 PrefixSharingLM(model, tokenizer, batch_size=size, on_progress=on_progress),
-                {"tasks": {task.name: _build(task, template) for task in tasks}},
+                {"tasks": built},
                 limit=limit,
                 bootstrap_iters=0,  # standard errors are computed from the samples, in closed form
                 apply_chat_template=template == "chat",
             )
     finally:
         model.train(was_training)
-    return [TaskResult(task.name, [_sample(entry) for entry in found["samples"][task.name]]) for task in tasks]
+    return [_result(task, built[task.name], found["samples"][task.name], found["results"][task.name]) for task in tasks]
 
 
 def _build(task: Task, template: Template) -> Any:
     """Returns lm-eval's task object on our questions.
 
-    In a chat the user's turn is the bare question, as the chat template's training rows have it.
+    In a chat the user's turn is the bare question, as the chat template's training rows have it, unless the prompt
+    lists choices or is half of a sentence.
     """
-    questions = datasets.DatasetDict(test=datasets.Dataset.from_list(task.questions))
+    if task.theirs is not None:
+        return task.theirs
+    parts = {"test": task.questions} | ({"train": task.shots} if task.shots else {})
+    questions = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
     # lm-eval hands the task's metadata to the function that makes its data set.
     config = task.config | {"custom_dataset": lambda **_: questions}
-    if template == "chat":
+    if template == "chat" and config.get("doc_to_choice") == "choices":
         config["doc_to_text"] = "question"
-    return TaskManager(include_defaults=False).load([config])["tasks"][task.name]
+    built = TaskManager(include_defaults=False).load([config])["tasks"][task.name]
+    built.set_fewshot_seed(FEWSHOT_SEED)
+    return built
 
 
-def _sample(entry: dict[str, Any]) -> Sample:
-    """Returns one question's result from lm-eval's log of it."""
-    question = entry["doc"]
+def _result(task: Task, built: Any, entries: list[dict[str, Any]], values: dict[str, Any]) -> TaskResult:
+    """Returns a task's result from lm-eval's log of its questions and the numbers it made of them.
+
+    Args:
+        task: the task.
+        built: lm-eval's object.
+        entries: one a question and filter, questions in order, filter by filter.
+        values: "metric,filter" -> number.
+    """
+    by_question: dict[int, list[dict[str, Any]]] = {}
+    for entry in entries:
+        by_question.setdefault(entry["doc_id"], []).append(entry)
+    means = [name for name in _metrics(entries) if _is_mean(built, name)]
+    samples = [_sample(task, number, found, means) for number, found in by_question.items()]
+    others = {_short(name): float(values[name]) for name in _metrics(entries) if name not in means}
+    return TaskResult(task.name, samples, others)
+
+
+def _metrics(entries: list[dict[str, Any]]) -> list[str]:
+    """Returns lm-eval's names of a task's metrics, "metric,filter", in order."""
+    return list(dict.fromkeys(f"{name},{entry['filter']}" for entry in entries for name in entry["metrics"]))
+
+
+def _is_mean(built: Any, name: str) -> bool:
+    return getattr(built.aggregation().get(name.partition(",")[0]), "__name__", "mean") == "mean"
+
+
+def _short(name: str) -> str:
+    """Returns a metric's name without the filter where there is none: acc for acc,none."""
+    return name.removesuffix(",none")
+
+
+def _sample(task: Task, number: int, entries: list[dict[str, Any]], means: list[str]) -> Sample:
+    """Returns one question's result from lm-eval's log of it, one entry a filter."""
+    question, first = entries[0]["doc"], entries[0]
+    choices = all(isinstance(response, tuple | list) and len(response) == 2 for response in first["filtered_resps"])
     return Sample(
-        id=question["id"],
-        family=question["family"],
-        label=question["label"],
-        loglikelihoods=[loglikelihood for loglikelihood, _ in entry["filtered_resps"]],
-        acc=bool(entry["acc"]),
-        acc_norm=bool(entry["acc_norm"]),
+        id=str(question["id"]) if task.theirs is None else str(number + 1),
+        family=question["family"] if task.theirs is None else None,
+        label=question["label"] if "choices" in question and task.theirs is None else _plain(first["target"]),
+        loglikelihoods=[value for value, _ in first["filtered_resps"]] if choices else None,
+        metrics={
+            _short(f"{name},{entry['filter']}"): float(entry[name])
+            for entry in entries
+            for name in entry["metrics"]
+            if f"{name},{entry['filter']}" in means
+        },
+        response=str(first["resps"][0][0]) if not choices else None,
     )
+
+
+def _plain(target: Any) -> int | str:
+    return int(target) if isinstance(target, int) else str(target)
 
 
 @contextmanager

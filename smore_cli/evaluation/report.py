@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from smore_cli.evaluation.results import TaskResult, describe, describe_difference
+from smore_cli.evaluation.results import TaskResult, describe, describe_difference, describe_sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,9 +62,9 @@ def document(
             continue
         tasks.append({"task": line.name, **entry, "families": []})
         if samples:
-            tasks[-1]["samples"] = [asdict(sample) for sample in line.ours.samples]
+            tasks[-1]["samples"] = [describe_sample(sample) for sample in line.ours.samples]
             if line.base is not None:
-                tasks[-1]["base"]["samples"] = [asdict(sample) for sample in line.base.samples]
+                tasks[-1]["base"]["samples"] = [describe_sample(sample) for sample in line.base.samples]
     return tasks
 
 
@@ -81,9 +81,10 @@ def table(ours: str, results: Sequence[TaskResult], base: Sequence[TaskResult] |
     for title in ("n", *(("backbone",) if base else ()), ours, "difference" if base else "95 % interval"):
         grid.add_column(title, justify="right")
     for line in lines(results, base):
-        grid.add_row(f"  {line.name}" if line.is_family else line.name, str(line.ours.n), *_cells(line, "acc"))
-        if not line.is_family:
-            grid.add_row("  acc_norm", str(line.ours.n), *_cells(line, "acc_norm"))
+        first, *others = line.ours.metrics
+        grid.add_row(f"  {line.name}" if line.is_family else line.name, str(line.ours.n), *_cells(line, first))
+        for metric in () if line.is_family else others:
+            grid.add_row(f"  {metric}", str(line.ours.n), *_cells(line, metric))
     return grid
 
 
