@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 from smore_cli.errors import DataError, UsageError
+from smore_cli.evaluation.foreign import load_foreign, near_names
+from smore_cli.evaluation.own_file import is_own_file, read_own_file
 from smore_cli.evaluation.questions import read_answers, read_choices, read_shots
 from smore_cli.evaluation.wording import as_letters, as_text
 
@@ -60,23 +62,22 @@ def read_tasks(benchmark: str, data_dir: Path | None = None) -> list[Task]:
     """Returns the tasks of a benchmark with their questions: those of a group, or the task itself.
 
     Args:
-        benchmark: name of a task or a group, perhaps with `:letters` or `:text`.
+        benchmark: name of a task or a group, or a file, perhaps with `:letters` or `:text`; or lm-eval's name of one.
         data_dir: folder with the questions as files; None: each task's own source.
 
     Raises:
         UsageError: there is no such benchmark (the message suggests the nearest name), or it takes no data folder.
         DataError: questions are missing, out of reach or malformed; the message says what was wanted where.
     """
-    name, _, wording = benchmark.partition(":")
-    known = available_benchmarks()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(known)}"
-        raise UsageError(f"unknown benchmark '{benchmark}'", hint)
-    if wording not in ("", "letters", "text"):
-        raise UsageError(f"benchmark '{benchmark}': there is no wording '{wording}'", "there are :letters and :text")
+    wording = next((each for each in ("letters", "text") if benchmark.endswith(f":{each}")), "")
+    name = benchmark.removesuffix(f":{wording}")
     if data_dir is not None and not data_dir.is_dir():
         raise DataError(f"there is no folder {data_dir}", "--data-dir names a folder of question files")
+    if is_own_file(name):
+        config, questions = read_own_file(name)
+        return [Task(_worded(config, wording), questions, None, name)]
+    if name not in available_benchmarks():
+        return _foreign(benchmark, data_dir)
     config = _config(name)
     members = config["task"] if "group" in config else [name]
     return [_read_task(_worded(_config(member), wording), data_dir) for member in members]
@@ -88,6 +89,25 @@ def _read_task(config: dict[str, Any], data_dir: Path | None) -> Task:
         return Task(config, found.rows, read_shots(config, data_dir), found.origin)
     found = read_choices(config, data_dir)
     return Task(config, found.rows, None, found.origin)
+
+
+def _foreign(name: str, data_dir: Path | None) -> list[Task]:
+    """Returns the tasks of lm-eval itself that a name means.
+
+    Raises:
+        UsageError: there is no such benchmark, or it takes no data folder.
+    """
+    known = available_benchmarks()
+    if (near := difflib.get_close_matches(name, known, n=1, cutoff=0.8)) and data_dir is not None:
+        raise UsageError(f"unknown benchmark '{name}'", f"did you mean '{near[0]}'?")
+    tasks = load_foreign(name)
+    if tasks is None:
+        near = near_names(name, known)
+        others = f"there are: {', '.join(known)}, a file of your own, and lm-eval's task names"
+        raise UsageError(f"unknown benchmark '{name}'", f"did you mean '{near[0]}'?" if near else others)
+    if data_dir is not None:
+        raise UsageError(f"benchmark '{name}' is lm-eval's and brings its own questions", "leave out --data-dir")
+    return [Task({"task": each}, [], None, "lm-eval", theirs) for each, theirs in tasks.items()]
 
 
 def _worded(config: dict[str, Any], wording: str) -> dict[str, Any]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import random
-from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 from lm_eval import evaluator
-from lm_eval.api import task as lm_eval_task
 from lm_eval.tasks import TaskManager
 
 from smore_cli.data.quiet import quiet_datasets
 from smore_cli.errors import ModelError
 from smore_cli.evaluation.benchmarks import Task, read_tasks
+from smore_cli.evaluation.journal import NO_JOURNAL, Journal
+from smore_cli.evaluation.quiet import quiet_lm_eval
 from smore_cli.evaluation.results import Sample, TaskResult
 from smore_cli.evaluation.scoring import PrefixSharingLM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +67,7 @@ def score(
     batch_size: int | None = None,
     template: Template = "plain",
     on_progress: Callable[[int, int], None] | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> list[TaskResult]:
     """Scores a model, as it is loaded (an active adapter counts), on tasks.
 
@@ -81,9 +79,10 @@ def score(
         tokenizer: its tokenizer.
         tasks: at least one, each once.
         limit: the first so many questions of each task; None: all.
-        batch_size: questions a forward pass; None: 8 on a CPU, 32 elsewhere.
+        batch_size: questions a forward pass; None: as many as their length and the device allow.
         template: chat wraps every question with the tokenizer's chat template.
-        on_progress: called with the number of choices scored and the number in all.
+        on_progress: called with the number of choices (or answers) done and the number in all.
+        journal: where answers are kept, and taken from, as they come.
 
     Returns:
         One result a task, in order.
@@ -94,13 +93,12 @@ def score(
     """
     if template == "chat" and not tokenizer.chat_template:
         raise ModelError("the tokenizer has no chat template", "evaluate with the plain template")
-    size = batch_size or (8 if model.device.type == "cpu" else 32)  # on a CPU, larger batches are no faster
     was_training = model.training
     try:
-        with _apart():
+        with quiet_lm_eval(), quiet_datasets():
             built = {task.name: _build(task, template) for task in tasks}
             found = evaluator.evaluate(
-                PrefixSharingLM(model, tokenizer, batch_size=size, on_progress=on_progress),
+                PrefixSharingLM(model, tokenizer, batch_size=batch_size, on_progress=on_progress, journal=journal),
                 {"tasks": built},
                 limit=limit,
                 bootstrap_iters=0,  # standard errors are computed from the samples, in closed form
@@ -183,19 +181,3 @@ def _sample(task: Task, number: int, entries: list[dict[str, Any]], means: list[
 
 def _plain(target: Any) -> int | str:
     return int(target) if isinstance(target, int) else str(target)
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Silences the log lines and progress bars of lm-eval and datasets, and leaves the process as it was."""
-    logger, bar = logging.getLogger("lm_eval"), lm_eval_task.tqdm
-    level, state = logger.level, random.getstate()  # lm-eval draws a name for every task, even one that has its own
-    logger.setLevel(logging.ERROR)
-    lm_eval_task.tqdm = partial(bar, disable=True)  # lm-eval has no switch for the bar over building prompts
-    try:
-        with quiet_datasets():
-            yield
-    finally:
-        logger.setLevel(level)
-        random.setstate(state)
-        lm_eval_task.tqdm = bar

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from smore_cli.data.sources import SourceRows
 
-__all__ = ["Questions", "read_answers", "read_choices", "read_shots"]
+__all__ = ["Questions", "parse_answers", "parse_choices", "read_answers", "read_choices", "read_shots"]
 
 TEST, TRAIN = ("_test", "_dev", "_validation", "_val", ""), ("_train",)
 """How the name of a file of questions goes on, and of one of solved examples; the first that is there is read."""
