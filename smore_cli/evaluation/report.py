@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from smore_cli.evaluation.results import TaskResult, describe, describe_difference
+from smore_cli.evaluation.results import TaskResult, describe, describe_difference, describe_sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["LEGEND", "Line", "document", "lines", "table"]
+__all__ = ["LEGEND", "Line", "comparison", "document", "lines", "table"]
 
 LEGEND = (
     "Share of questions answered right by the likeliest choice; acc_norm: likeliest per character. ± is one\n"
@@ -29,6 +29,17 @@ class Line:
     is_family: bool
     ours: TaskResult
     base: TaskResult | None
+
+    @property
+    def shown(self) -> list[str]:
+        """The metrics of its rows in a table: all of a task's, the main one of a family's."""
+        return self.ours.metrics[:1] if self.is_family else self.ours.metrics
+
+    def title(self, metric: str) -> str:
+        """Returns the first cell of a metric's row: the name, or the metric beneath it."""
+        if self.is_family:
+            return f"  {self.name}"
+        return self.name if metric == (self.ours.metrics or list(self.ours.others))[0] else f"  {metric}"
 
 
 def lines(results: Sequence[TaskResult], base: Sequence[TaskResult] | None) -> Iterator[Line]:
@@ -62,9 +73,9 @@ def document(
             continue
         tasks.append({"task": line.name, **entry, "families": []})
         if samples:
-            tasks[-1]["samples"] = [asdict(sample) for sample in line.ours.samples]
+            tasks[-1]["samples"] = [describe_sample(sample) for sample in line.ours.samples]
             if line.base is not None:
-                tasks[-1]["base"]["samples"] = [asdict(sample) for sample in line.base.samples]
+                tasks[-1]["base"]["samples"] = [describe_sample(sample) for sample in line.base.samples]
     return tasks
 
 
@@ -81,10 +92,41 @@ def table(ours: str, results: Sequence[TaskResult], base: Sequence[TaskResult] |
     for title in ("n", *(("backbone",) if base else ()), ours, "difference" if base else "95 % interval"):
         grid.add_column(title, justify="right")
     for line in lines(results, base):
-        grid.add_row(f"  {line.name}" if line.is_family else line.name, str(line.ours.n), *_cells(line, "acc"))
-        if not line.is_family:
-            grid.add_row("  acc_norm", str(line.ours.n), *_cells(line, "acc_norm"))
+        for metric in line.shown:
+            grid.add_row(line.title(metric), str(line.ours.n), *_cells(line, metric))
+        for metric, value in line.ours.others.items():
+            grid.add_row(line.title(metric), str(line.ours.n), *_other_cells(line, metric, value))
     return grid
+
+
+def comparison(
+    names: Sequence[str], results: Sequence[Sequence[TaskResult]], base: Sequence[TaskResult] | None
+) -> Table:
+    """Returns the results of several runs side by side.
+
+    Args:
+        names: of the runs.
+        results: of each run, one a task, all on the same questions.
+        base: the backbone's results on them; None: the column is left out.
+    """
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    grid.add_column("task")
+    for title in ("n", *(("backbone",) if base else ()), *names):
+        grid.add_column(title, justify="right")
+    columns = [list(lines(each, None)) for each in ([base] if base else []) + list(results)]
+    for row in zip(*columns, strict=True):
+        for metric in row[0].shown:
+            cells = [_with_error(describe(line.ours), metric) for line in row]
+            grid.add_row(row[0].title(metric), str(row[0].ours.n), *cells)
+        for metric in row[0].ours.others:
+            cells = [f"{line.ours.others[metric]:.3f}" for line in row]
+            grid.add_row(row[0].title(metric), str(row[0].ours.n), *cells)
+    return grid
+
+
+def _other_cells(line: Line, metric: str, value: float) -> list[str]:
+    """Returns the values of a metric that has no error: lm-eval works it out of all questions together."""
+    return [f"{value:.3f}", ""] if line.base is None else [f"{line.base.others[metric]:.3f}", f"{value:.3f}", ""]
 
 
 def _cells(line: Line, metric: str) -> list[str]:

@@ -19,6 +19,7 @@ import inspect
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +27,8 @@ from lm_eval.models.huggingface import HFLM
 
 from smore_cli.data.batch import Row, collate
 from smore_cli.errors import DataError
+from smore_cli.evaluation.generation import generate_in_batches
+from smore_cli.evaluation.journal import NO_JOURNAL, Journal
 from smore_cli.models.forward import target_scores
 from smore_cli.nn import AdapterContext
 from smore_cli.nn.prior_hooks import active_prior
@@ -45,6 +48,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Score = tuple[float, bool]
 """Summed log-likelihood in nats, and whether greedy decoding would write the continuation."""
 
+CPU_TOKENS, GPU_TOKENS = 1024, 32768
+"""Tokens of a forward pass, padding included, where no batch size is asked for. A CPU is busy with few."""
 BRANCH_TOKENS = 512
 """Branches share a row up to this many tokens, or the prompt's length if that is more: attention grows with S^2."""
 
@@ -55,8 +60,10 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
     Args:
         model: a causal language model of transformers, with or without adapters; switched to eval mode.
         tokenizer: its tokenizer.
-        batch_size: rows (prompts) a forward pass.
+        batch_size: rows (prompts) a forward pass; None: as many as have room, by their length; where memory runs out
+            a pass is halved.
         on_progress: called with the number of requests done and the number in all.
+        journal: where answers are kept, and taken from, pass by pass.
     """
 
     def __init__(
@@ -64,17 +71,26 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        journal: Journal = NO_JOURNAL,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        small = model.device.type == "cpu"  # where larger batches are no faster
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or (8 if small else 32))
         self._longest = min(self.max_length, longest_shared_sequence(model))
         self._on_progress = on_progress or (lambda done, total: None)
+        self._journal = journal
+        self._room = None if batch_size else CPU_TOKENS if small else GPU_TOKENS
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Score]:
         """Scores (context, continuation) requests; without lm-eval's progress bars."""
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return scores
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Generates the answers of (context, settings) requests; without lm-eval's progress bars."""
+        answer = partial(super().generate_until, disable_tqdm=True)
+        return generate_in_batches(requests, answer, self.batch_size, self._journal, self._on_progress)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -97,19 +113,38 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         for batch in batches:
             members = [i for _, indices in batch for i in indices]
             last = [requests[i][2][-1] for i in members]
-            scores.update(zip(members, self._score([row for row, _ in batch], last), strict=True))
+            rows = [row for row, _ in batch]
+            asked = [[row.prompt, row.branches] for row in rows], last
+            scores.update(zip(members, self._kept(asked, partial(self._score, rows, last)), strict=True))
             self._on_progress(len(scores), len(requests))
         rest = [i for i in range(len(requests)) if i not in scores]
-        if rest:
-            theirs = super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm=disable_tqdm)
-            scores.update(zip(rest, theirs, strict=True))
+        rest.sort(key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        for members in (rest[start : start + self.batch_size] for start in range(0, len(rest), self.batch_size)):
+            theirs = [requests[i] for i in members]
+            whole = partial(super()._loglikelihood_tokens, theirs, disable_tqdm=True)
+            scores.update(zip(members, self._kept([request[1:] for request in theirs], whole), strict=True))
             self._on_progress(len(scores), len(requests))
         return [scores[i] for i in range(len(requests))]
 
+    def _kept(self, asked: Any, answer: Callable[[], list[Score]]) -> list[Score]:
+        """Returns the scores that are kept of a pass, or works them out and keeps them."""
+        key = self._journal.key(asked)
+        known = self._journal.recall(key)
+        if known is None:
+            known = answer()
+            self._journal.keep(key, known)
+        return [(value, bool(greedy)) for value, greedy in known]
+
     def _batches(self, rows: Iterable[tuple[Row, list[int]]]) -> list[list[tuple[Row, list[int]]]]:
         """Returns the rows in batches, long ones first: if memory runs out, then at once."""
-        ordered = sorted(rows, key=lambda item: -item[0].length)
-        return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+        batches: list[list[tuple[Row, list[int]]]] = []
+        for item in sorted(rows, key=lambda item: -item[0].length):
+            fits = self.batch_size if self._room is None else self._room // batches[-1][0][0].length if batches else 0
+            if batches and len(batches[-1]) < max(1, fits):
+                batches[-1].append(item)
+            else:
+                batches.append([item])
+        return batches
 
     def _single_rows(self, requests: list[Request], indices: Iterable[int]) -> Iterator[tuple[Row, list[int]]]:
         """Yields one row a request, its prompt cut on the left to what the model can read."""
@@ -130,8 +165,23 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
                 branches = [requests[i][2][:-1] for i in chunk]
                 yield Row(list(context), branches, [[True] * len(branch) for branch in branches]), chunk
 
-    @torch.inference_mode()
     def _score(self, rows: list[Row], last: list[int]) -> list[Score]:
+        """Returns the score of every branch of `rows` continued by its token of `last`.
+
+        In one forward pass; where its memory runs out and no batch size was asked for, in two or more.
+        """
+        try:
+            return self._score_together(rows, last)
+        except torch.cuda.OutOfMemoryError:
+            if self._room is None or len(rows) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(rows) // 2
+        branches = sum(len(row.branches) for row in rows[:half])
+        return self._score(rows[:half], last[:branches]) + self._score(rows[half:], last[branches:])
+
+    @torch.inference_mode()
+    def _score_together(self, rows: list[Row], last: list[int]) -> list[Score]:
         """Returns the score of every branch of `rows` continued by its token of `last`, in one forward pass."""
         pad = self.tokenizer.pad_token_id
         batch = _with_last_tokens(collate(rows, pad_token_id=pad, mask_dtype=self.model.dtype), rows, last)

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PairedDifference", "mean", "paired_difference", "standard_error", "wilson_interval"]
+__all__ = [
+    "PairedDifference",
+    "mean",
+    "normal_interval",
+    "paired_difference",
+    "paired_mean_difference",
+    "standard_error",
+    "wilson_interval",
+]
 
 Z95 = 1.959963984540054
 """Half the width of a two-sided 95 % interval of the normal distribution."""
@@ -41,6 +49,12 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     # At 0 and at n successes the bound is 0 or 1 exactly; rounding must not leave it 1e-17 beside.
     return (0.0 if successes == 0 else center - half), (1.0 if successes == n else center + half)
+
+
+def normal_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean's 95 % interval by the normal distribution, for values other than 0 and 1; no width for one."""
+    center, half = mean(values), Z95 * (standard_error(values) or 0.0)
+    return center - half, center + half
 
 
 @dataclass(frozen=True)
@@ -79,3 +93,14 @@ def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> PairedDif
     half = Z95 * math.sqrt((gain + loss - (gain - loss) ** 2) / n)
     center = gain - loss
     return PairedDifference((gained - lost) / len(pairs), max(-1.0, center - half), min(1.0, center + half))
+
+
+def paired_mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> PairedDifference:
+    """Returns mean(ours - theirs) with the normal 95 % interval of the paired difference, for values of any kind.
+
+    Args:
+        ours: one model's value of each question; at least one.
+        theirs: the same for the other model, in the same order.
+    """
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return PairedDifference(mean(differences), *normal_interval(differences))

@@ -124,7 +124,7 @@ def _accuracies(
     if not benchmark.names:
         return {}
     from smore_cli.evaluation.harness import evaluate
-    from smore_cli.evaluation.session import training_template
+    from smore_cli.evaluation.subjects import training_template
 
     say(f"scoring the {what} on {', '.join(benchmark.names)}")
     results = evaluate(

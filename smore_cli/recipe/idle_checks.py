@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from smore_cli.methods import available_methods, load_method
 from smore_cli.recipe.document import Loc
-from smore_cli.recipe.schema import DataConfig, LogConfig, TrainConfig
+from smore_cli.recipe.schema import DataConfig, EvalConfig, LogConfig, TrainConfig
 
 __all__ = ["idle_settings"]
 
@@ -28,12 +28,14 @@ _COLUMNS = {
 
 def idle_settings(values: dict[str, Any]) -> Found:
     """Yields where each idle setting stands and what to say; the values may have other mistakes."""
-    adapter, data, train, log = (
-        part if isinstance(part := values.get(name), dict) else {} for name in ("adapter", "data", "train", "log")
+    adapter, data, train, log, evaluation = (
+        part if isinstance(part := values.get(name), dict) else {}
+        for name in ("adapter", "data", "train", "log", "eval")
     )
     yield from _without_router(train, adapter.get("method"))
     yield from _data(data)
     yield from _trackers(log)
+    yield from _benchmarks(evaluation)
 
 
 def _without_router(train: dict[str, Any], method: object) -> Found:
@@ -41,6 +43,14 @@ def _without_router(train: dict[str, Any], method: object) -> Found:
         for key in ("aux_statistics", "on_collapse"):
             if _is_set(train, key, TrainConfig):
                 yield (("train", key),), f"'train.{key}' is set, but '{method}' has no router: remove the line"
+
+
+def _benchmarks(evaluation: dict[str, Any]) -> Found:
+    if evaluation.get("benchmarks"):
+        return
+    for key in ("benchmark_data_dir", "benchmark_limit"):
+        if _is_set(evaluation, key, EvalConfig):
+            yield (("eval", key),), f"'eval.{key}' is set, but 'eval.benchmarks' names none: remove the line"
 
 
 def _data(data: dict[str, Any]) -> Found:

@@ -309,7 +309,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """`eval:` evaluation while training (loss on the held-out rows)."""
+    """`eval:` evaluation while training: loss on the held-out rows, and benchmarks."""
 
     steps: Annotated[int | None, Field(description="steps between evaluations; default: only at the end", ge=1)] = None
     batch_size: Annotated[int, Field(description="rows a forward pass", ge=1)] = 8
@@ -330,6 +330,19 @@ class EvalConfig(Section):
     early_stopping_threshold: Annotated[
         float, Field(description="what an improvement must exceed to count for early_stopping_patience", ge=0)
     ] = 0.0
+    benchmarks: Annotated[
+        list[str],
+        Field(
+            description="benchmarks to score at every evaluation, as --benchmark of smore eval names them; their "
+            "numbers go into metrics.jsonl"
+        ),
+    ] = Field(default_factory=list)
+    benchmark_data_dir: Annotated[
+        str | None, Field(description="folder with the questions as files; default: each benchmark's own source")
+    ] = None
+    benchmark_limit: Annotated[
+        int | None, Field(description="the first so many questions of each task; default: all", ge=1)
+    ] = None
     load_best_model_at_end: Annotated[
         bool, Field(description="the adapter that comes out is the best checkpoint's instead of the last step's")
     ] = False

@@ -45,7 +45,7 @@ def is_best(config: EvalConfig, state: TrainerState, values: dict[str, Any]) -> 
     state.without_improvement = 0 if gain > config.early_stopping_threshold else state.without_improvement + 1
     if gain <= 0:
         return False
-    measured = {key: values[key] for key in ("eval_loss", "eval_accuracy") if key in values}
+    measured = {key: values[key] for key in ("eval_loss", "eval_accuracy", "benchmarks") if key in values}
     state.best = {
         "step": state.step,
         "metric": metric,

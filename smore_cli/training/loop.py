@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.errors import Interrupted, SmoreError
+from smore_cli.training.benchmark_scores import benchmark_scores
 from smore_cli.training.best import drop_former_best, is_best, out_of_patience
 from smore_cli.training.census import take_census
 from smore_cli.training.checkpoint import newest_complete
@@ -224,15 +225,16 @@ class Training(Run):
         self.alarm = collapse_line(routers) if self.watch.lasting else None
 
     def evaluate(self) -> None:
-        """Adds a line with the loss on the held-out rows, if there are any."""
-        found = held_out_loss(self.setup)
+        """Adds a line with the loss on the held-out rows, if there are any, and the benchmarks' scores."""
+        held_out = held_out_loss(self.setup)
+        found = held_out | benchmark_scores(self.setup)
         if not found:
             return
         values = {"step": self.state.step} | found
         self.latest.update(values)
         self.record(values)
         former, config = self.state.best, self.setup.recipe.eval
-        if not config.steps or not is_best(config, self.state, self.latest):
+        if not held_out or not config.steps or not is_best(config, self.state, self.latest):
             return
         if not self.try_to_save():
             self.state.best = former  # what has no checkpoint cannot be gone back to

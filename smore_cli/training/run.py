@@ -258,7 +258,9 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """Returns the newest losses."""
-        return {key: self.latest[key] for key in ("loss", "eval_loss", "eval_accuracy") if key in self.latest}
+        return {
+            key: self.latest[key] for key in ("loss", "eval_loss", "eval_accuracy", "benchmarks") if key in self.latest
+        }
 
     def values(self, *, finished: bool) -> dict[str, Any]:
         """Returns what goes into run.json."""

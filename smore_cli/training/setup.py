@@ -21,6 +21,7 @@ from smore_cli.nn import attach, checkpoint_contexts
 from smore_cli.nn.prior_hooks import active_prior
 from smore_cli.nn.targets import find_saved, find_targets
 from smore_cli.training.batches import Batches
+from smore_cli.training.benchmark_scores import benchmark_tasks
 from smore_cli.training.learning_rate import build_scheduler
 from smore_cli.training.neftune import add_neftune
 from smore_cli.training.objective import Objective
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from smore_cli.data.batch import Row
+    from smore_cli.evaluation.benchmarks import Task
     from smore_cli.recipe.schema import Recipe
     from smore_cli.training.parallel import Processes
     from smore_cli.training.schedule import Plan
@@ -76,6 +78,7 @@ class Setup:
         sharded: each of them holds only a part of the model, or of the optimiser.
         zero: DeepSpeed's ZeRO, which then runs the optimiser.
         baseline: bytes of the process before the model was loaded.
+        tasks: benchmarks to score at every evaluation, with their questions.
     """
 
     recipe: Recipe
@@ -96,6 +99,7 @@ class Setup:
     sharded: bool = False
     zero: Zero | None = None
     baseline: int = 0
+    tasks: Sequence[Task] = ()
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +173,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
     accelerator = _accelerator(processes)
     settings = _zero_settings(recipe, processes, accelerator.device, say) if zero_wanted() else None
     sharded = fsdp or settings is not None
+    tasks = benchmark_tasks(recipe.eval, sharded=sharded)
     require_optimizer(recipe.train, accelerator.device, say)
     _require_fit(recipe, accelerator.device)
     set_seed(recipe.seed, device_specific=True)  # of dropout and noise: each process draws its own
@@ -213,7 +218,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
     objective = Objective.from_config(recipe.data)
     return Setup(
         recipe, accelerator, model, tokenizer, data.train_rows, data.eval_rows, data.hash, plan, batches, objective,
-        optimizer, scheduler, targets, seconds, processes, sharded, zero, baseline,
+        optimizer, scheduler, targets, seconds, processes, sharded, zero, baseline, tasks,
     )  # fmt: skip
 
 

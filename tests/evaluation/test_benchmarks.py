@@ -67,7 +67,7 @@ def test_a_missing_file_is_named_with_its_folder_and_the_hub_data_set(tmp_path: 
         read_tasks("arc_challenge", tmp_path)
     assert "arc_challenge_test.jsonl" in caught.value.message
     assert str(tmp_path) in caught.value.message
-    assert "allenai/ai2_arc (ARC-Challenge)" in caught.value.hint
+    assert "allenai/ai2_arc (ARC-Challenge, test)" in caught.value.hint
 
 
 def test_a_missing_data_folder_is_one_line(tmp_path: Path) -> None:

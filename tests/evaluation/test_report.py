@@ -13,7 +13,7 @@ from smore_cli.evaluation.results import Sample, TaskResult
 def result(answers: dict[str | None, str], task: str = "quiz") -> TaskResult:
     """A result from a string of right (+) and wrong (-) answers a family."""
     samples = [
-        Sample(f"{family}-{i}", family, 0, [-1.0, -2.0], mark == "+", mark == "+")
+        Sample(f"{family}-{i}", family, 0, [-1.0, -2.0], {"acc": mark == "+", "acc_norm": mark == "+"})
         for family, marks in answers.items()
         for i, mark in enumerate(marks)
     ]

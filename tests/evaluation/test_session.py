@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from smore_cli.evaluation.session import training_template
+from smore_cli.evaluation.subjects import training_template
 from smore_cli.recipe.schema import DataConfig, Source
 
 

@@ -93,7 +93,8 @@ def test_after_an_entry_is_removed_the_others_keep_their_places(problems: Proble
         (
             "eval.x.y=null",
             "unknown key 'x' in eval: there are steps, batch_size, metric_for_best_model, greater_is_better, "
-            "early_stopping_patience, early_stopping_threshold, load_best_model_at_end",
+            "early_stopping_patience, early_stopping_threshold, benchmarks, benchmark_data_dir, benchmark_limit, "
+            "load_best_model_at_end",
         ),
         ("adapter.method=smoore", "unknown method 'smoore': did you mean 'smore'?"),
         ("output_dir=*x", "*x refers to an anchor &x that is not defined above it"),
