@@ -120,7 +120,7 @@ def _at(tokens: dict[int, int], step: int) -> float:
 
 
 def _scores(subject: Subject, task: Task) -> dict[str, Any]:
-    """Returns which questions were answered right, by task and metric."""
+    """Returns the value of every question, by task and metric; 1 is a right answer."""
     from smore_cli.evaluation.benchmarks import read_tasks
     from smore_cli.evaluation.harness import score
 
@@ -129,9 +129,7 @@ def _scores(subject: Subject, task: Task) -> dict[str, Any]:
     if not tasks:
         return {}
     results = score(subject.model, subject.tokenizer, tasks, limit=task.limit, template=subject.template)
-    return {
-        r.task: {metric: [int(right) for right in r.correct(metric)] for metric in ("acc", "acc_norm")} for r in results
-    }
+    return {result.task: {name: result.values(name) for name in result.metrics} for result in results}
 
 
 def _perplexity(subject: Subject, recipe: Recipe, task: Task) -> float | None:
