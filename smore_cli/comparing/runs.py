@@ -142,7 +142,7 @@ def _finished(runs: list[Planned], out: Path, jobs: int, threads: int) -> Iterat
     """Yields what comes of runs, as they are done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["smore_cli.comparing.work", "smore_cli.training.loop", "smore_cli.evaluation.session"]
+        ["smore_cli.comparing.work", "smore_cli.training.loop", "smore_cli.evaluation.harness"]
     )
     pool = ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
     futures: dict[Future[dict[str, Any]], Planned] = {

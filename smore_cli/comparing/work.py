@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from smore_cli.evaluation.session import Subject
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from smore_cli.recipe.schema import Recipe
 
 __all__ = ["Task", "carry_out"]
@@ -60,7 +61,6 @@ def carry_out(task: Task, log: Path, threads: int) -> dict[str, Any]:
 
     import torch
 
-    from smore_cli.evaluation.session import load_subject
     from smore_cli.recipe.schema import Recipe
 
     torch.set_num_threads(threads)
@@ -71,13 +71,28 @@ def carry_out(task: Task, log: Path, threads: int) -> dict[str, Any]:
     if task.trained:
         _train(recipe, run, task.recipe)
         found |= _of_training(run)
-        subject = load_subject(run, None)
-    else:
-        subject = load_subject(None, recipe.model.name_or_path)
-    found["tasks"] = _scores(subject, task)
+    subject = _load(recipe, run if task.trained else None)
+    found["tasks"] = _scores(subject, recipe, task)
     found["perplexity"] = _perplexity(subject, recipe, task)
     found["dividend"] = _dividend(subject, recipe, task.dividend_tokens) if task.dividend_tokens else None
     return found | {"seconds": time.perf_counter() - started}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def _load(recipe: Recipe, run: Path | None) -> _Subject:
+    """Returns a run's model as everyone loads it, or the backbone alone."""
+    from smore_cli.models.load import default_device, load_backbone
+    from smore_cli.models.runs import open_run
+
+    if run is not None:
+        return _Subject(*open_run(run).load(default_device()))
+    backbone = load_backbone(recipe.model, recipe.quantization, default_device())
+    return _Subject(backbone.model, backbone.tokenizer)
 
 
 def _train(recipe: Recipe, run: Path, text: str) -> None:
@@ -119,20 +134,22 @@ def _at(tokens: dict[int, int], step: int) -> float:
     return before[1] + share * (after[1] - before[1])
 
 
-def _scores(subject: Subject, task: Task) -> dict[str, Any]:
+def _scores(subject: _Subject, recipe: Recipe, task: Task) -> dict[str, Any]:
     """Returns the value of every question, by task and metric; 1 is a right answer."""
     from smore_cli.evaluation.benchmarks import read_tasks
     from smore_cli.evaluation.harness import score
+    from smore_cli.evaluation.subjects import training_template
 
     folder = None if task.data_dir is None else Path(task.data_dir)
     tasks = [one for name in task.benchmarks for one in read_tasks(name, folder)]
     if not tasks:
         return {}
-    results = score(subject.model, subject.tokenizer, tasks, limit=task.limit, template=subject.template)
+    template = training_template(recipe.data)
+    results = score(subject.model, subject.tokenizer, tasks, limit=task.limit, template=template)
     return {result.task: {name: result.values(name) for name in result.metrics} for result in results}
 
 
-def _perplexity(subject: Subject, recipe: Recipe, task: Task) -> float | None:
+def _perplexity(subject: _Subject, recipe: Recipe, task: Task) -> float | None:
     """Returns the perplexity of general text, token by token."""
     if task.general is None:
         return None
@@ -149,7 +166,7 @@ def _perplexity(subject: Subject, recipe: Recipe, task: Task) -> float | None:
     return math.exp(reading.loss)
 
 
-def _dividend(subject: Subject, recipe: Recipe, tokens: int) -> dict[str, Any]:
+def _dividend(subject: _Subject, recipe: Recipe, tokens: int) -> dict[str, Any]:
     """Returns what routing earned on the run's held-out rows."""
     from smore_cli.merging.calibration import training_text
     from smore_cli.routing.dividend import measure_dividend
