@@ -34,7 +34,7 @@ def compare_command(
 
     comparison = read_comparison(spec, overrides or [])
 
-    from smore_cli.comparing.compare import compare, lay_out
+    from smore_cli.comparing.compare import compare, lay_out, write
     from smore_cli.comparing.report import tables
 
     def say(line: str) -> None:
@@ -52,5 +52,5 @@ def compare_command(
     else:
         for table in tables(summary):
             console.print(table)
-    for path in summary.write(folder):
+    for path in write(summary, folder):
         say(f"written to {path}")
