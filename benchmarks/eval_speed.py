@@ -3,9 +3,9 @@
     python benchmarks/eval_speed.py --data-dir DIR [--model smollm2-135m] [--limit 100] [--batch-size 8] [--repeats 3]
 
 The two take turns on the same questions (ours, theirs, ours, ...), so that a busy machine slows both. Printed: seconds
-of each (wall clock and processor), the ratio to the faster of HFLM's two batch sizes (a row of HFLM holds one choice
-where ours hold all of a question: as many questions, or as many choices a forward pass), the largest difference between
-any two log-likelihoods, and whether all questions are answered alike.
+of each (wall clock and processor), ours in the batches that `smore eval` makes, the ratio to the faster of HFLM's two
+batch sizes (one choice a row: N, and 4 N), the largest difference between any two log-likelihoods, and how many
+questions are answered alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
         for i, choice in enumerate(row["choices"])
     ]
     scorers = {
-        "smore": PrefixSharingLM(backbone.model, backbone.tokenizer, batch_size=args.batch_size),
+        "smore": PrefixSharingLM(backbone.model, backbone.tokenizer),
         f"HFLM {args.batch_size}": HFLM(
             pretrained=backbone.model, tokenizer=backbone.tokenizer, batch_size=args.batch_size
         ),
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="as in a recipe's model.name_or_path")
     parser.add_argument("--benchmark", default="arc_easy", help="a task that reads local files")
     parser.add_argument("--limit", type=int, default=100, help="questions")
-    parser.add_argument("--batch-size", type=int, default=8, help="questions a forward pass")
+    parser.add_argument("--batch-size", type=int, default=8, help="HFLM's smaller batch size, in choices")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each scorer")
     return parser.parse_args()
 
