@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from typing import Any
 
 from smore_cli.data.quiet import first_line, quiet_datasets
@@ -19,10 +20,8 @@ def load_foreign(name: str) -> dict[str, Any] | None:
         DataError: a task's data set is out of reach.
         UsageError: a task runs code that a model wrote, looks at pictures, or needs packages that are not here.
     """
-    from lm_eval.tasks import TaskManager
-
     with quiet_lm_eval(), quiet_datasets():
-        manager = TaskManager()
+        manager = _manager()
         if name not in manager.task_index:
             return None
         try:
@@ -45,8 +44,13 @@ def load_foreign(name: str) -> dict[str, Any] | None:
 
 def near_names(name: str, known: list[str]) -> list[str]:
     """Returns the nearest of our names and lm-eval's to a name that is neither."""
+    theirs = _manager().all_tasks
+    return difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, theirs, n=1)
+
+
+@functools.cache
+def _manager() -> Any:
+    """Returns lm-eval's index of its 14,000 tasks, which takes seconds to make."""
     from lm_eval.tasks import TaskManager
 
-    with quiet_lm_eval():
-        theirs = TaskManager().all_tasks
-    return difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name, theirs, n=1)
+    return TaskManager()

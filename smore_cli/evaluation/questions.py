@@ -10,6 +10,7 @@ NAME_train.jsonl; other common names of a task stand in its YAML file.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.data.formats import MultipleChoice, read_example
@@ -21,7 +22,6 @@ from smore_cli.recipe.schema import Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from smore_cli.data.sources import SourceRows
 
@@ -52,7 +52,7 @@ def read_choices(config: Mapping[str, Any], data_dir: Path | None) -> Questions:
         UsageError: the task brings its own questions and takes no folder.
     """
     source = _source(config, data_dir, TEST)
-    return Questions(parse_choices(config, read_source(source)), describe_source(source))
+    return Questions(parse_choices(config, _read(config, source)), describe_source(source))
 
 
 def parse_choices(config: Mapping[str, Any], rows: SourceRows) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def parse_choices(config: Mapping[str, Any], rows: SourceRows) -> list[dict[str,
 def read_answers(config: Mapping[str, Any], data_dir: Path | None) -> Questions:
     """Returns a task's questions with answers to generate, `{id, question, answer, family}`; see `read_choices`."""
     source = _source(config, data_dir, TEST)
-    return Questions(parse_answers(read_source(source)), describe_source(source))
+    return Questions(parse_answers(_read(config, source)), describe_source(source))
 
 
 def parse_answers(rows: SourceRows) -> list[dict[str, Any]]:
@@ -112,7 +112,19 @@ def read_shots(config: Mapping[str, Any], data_dir: Path | None) -> list[dict[st
     """Returns the solved examples that a task's prompts choose from; None where it shows none."""
     if not config.get("num_fewshot"):
         return None
-    return parse_answers(read_source(_source(config, data_dir, TRAIN)))
+    return parse_answers(_read(config, _source(config, data_dir, TRAIN), TRAIN[0]))
+
+
+def _read(config: Mapping[str, Any], source: Source, split: str = TEST[0]) -> SourceRows:
+    """Returns a source's rows; where it is a hub dataset out of reach, the file that could take its place is named."""
+    try:
+        return read_source(source)
+    except DataError as error:
+        if "files" not in config["metadata"] or Path(source.path).is_file():
+            raise
+        file = f"{config['metadata']['files'][0]}{split}.jsonl"
+        hint = f"connect, or give --data-dir a folder with {file}"
+        raise DataError(f"benchmark '{config['task']}': {error.message}", hint) from error
 
 
 def _source(config: Mapping[str, Any], data_dir: Path | None, splits: Sequence[str]) -> Source:

@@ -50,6 +50,8 @@ Score = tuple[float, bool]
 
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
 """Tokens of a forward pass, padding included, where no batch size is asked for. A CPU is busy with few."""
+LEAST_FILLED = 0.8
+"""Rows shorter than this share of a batch's longest go into the next one, once a batch is a quarter full."""
 BRANCH_TOKENS = 512
 """Branches share a row up to this many tokens, or the prompt's length if that is more: attention grows with S^2."""
 
@@ -139,12 +141,20 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         """Returns the rows in batches, long ones first: if memory runs out, then at once."""
         batches: list[list[tuple[Row, list[int]]]] = []
         for item in sorted(rows, key=lambda item: -item[0].length):
-            fits = self.batch_size if self._room is None else self._room // batches[-1][0][0].length if batches else 0
-            if batches and len(batches[-1]) < max(1, fits):
+            if batches and self._takes(batches[-1], item[0].length):
                 batches[-1].append(item)
             else:
                 batches.append([item])
         return batches
+
+    def _takes(self, batch: list[tuple[Row, list[int]]], length: int) -> bool:
+        """Whether a batch takes one more row, no longer than those it has."""
+        if self._room is None:
+            return len(batch) < int(self.batch_size)
+        longest, rows = batch[0][0].length, len(batch)
+        if rows * longest >= self._room // 4 and length < LEAST_FILLED * longest:
+            return False  # busy enough: padding would cost more than another pass
+        return (rows + 1) * longest <= self._room
 
     def _single_rows(self, requests: list[Request], indices: Iterable[int]) -> Iterator[tuple[Row, list[int]]]:
         """Yields one row a request, its prompt cut on the left to what the model can read."""

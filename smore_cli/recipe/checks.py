@@ -69,7 +69,9 @@ def _exclusive_settings(values: dict[str, Any], data: dict[str, Any], train: dic
     if data.get("eval") and data.get("eval_fraction"):
         locs = (("data", "eval"), ("data", "eval_fraction"))
         yield Contradiction(locs, "'data.eval' and 'data.eval_fraction' are both set: keep one")
-    if _section(values, "eval").get("steps") is not None and not data.get("eval") and not data.get("eval_fraction"):
+    evaluation, held_out = _section(values, "eval"), data.get("eval") or data.get("eval_fraction")
+    best = any(evaluation.get(key) for key in ("early_stopping_patience", "load_best_model_at_end"))
+    if evaluation.get("steps") is not None and not held_out and (best or not evaluation.get("benchmarks")):
         message = "'eval.steps' is set but nothing is held out: set 'data.eval' or 'data.eval_fraction'"
         yield Contradiction((("eval", "steps"),), message)
 

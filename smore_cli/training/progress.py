@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-__all__ = ["BarReporter", "LineReporter", "Reporter", "SilentReporter", "load_bar", "make_reporter"]
+__all__ = ["BarReporter", "LineReporter", "Reporter", "SilentReporter", "is_evaluation", "load_bar", "make_reporter"]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -48,11 +48,23 @@ def load_bar(routing: dict[str, dict[str, Any]]) -> str:
     return " ".join(bars)
 
 
+def is_evaluation(values: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is one of evaluation and not of training."""
+    return "eval_loss" in values or "benchmarks" in values
+
+
 def describe(values: dict[str, Any]) -> str:
     """Returns a metrics line for people."""
-    if "eval_loss" in values:
-        accuracy = f"  accuracy {values['eval_accuracy']:.3f}" if "eval_accuracy" in values else ""
-        return f"eval at step {values['step']}  loss {values['eval_loss']:.4f}{accuracy}  ({values['eval_rows']} rows)"
+    if is_evaluation(values):
+        parts = [f"eval at step {values['step']}"]
+        if "eval_loss" in values:
+            accuracy = f"  accuracy {values['eval_accuracy']:.3f}" if "eval_accuracy" in values else ""
+            parts.append(f"loss {values['eval_loss']:.4f}{accuracy}  ({values['eval_rows']} rows)")
+        parts += [
+            f"{task} " + ", ".join(f"{metric} {value:.3f}" for metric, value in scores.items())
+            for task, scores in values.get("benchmarks", {}).items()
+        ]
+        return "  ".join(parts)
     parts = [f"loss {values['loss']:.4f}"]
     if values.get("aux_loss"):
         parts.append(f"aux {values['aux_loss']:.3f}")
@@ -77,7 +89,7 @@ class LineReporter:
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Prints the line."""
-        place = "" if "eval_loss" in values else f"step {values['step']}/{self.total}  "
+        place = "" if is_evaluation(values) else f"step {values['step']}/{self.total}  "
         self.say(place + describe(values))
 
     def say(self, line: str) -> None:
@@ -124,7 +136,7 @@ class BarReporter:
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Shows the numbers behind the bar; evaluations stay on the screen as lines."""
-        if "eval_loss" in values:
+        if is_evaluation(values):
             self.say(describe(values))
         elif self.task is not None:
             self.progress.update(self.task, description=describe(values))

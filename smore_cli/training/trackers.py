@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from smore_cli.atomic import write_text
 from smore_cli.errors import SmoreError, UsageError
+from smore_cli.training.progress import is_evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +124,7 @@ def _id(name: str, tracker: GeneralTracker) -> str:
 
 def flat_metrics(values: dict[str, Any]) -> dict[str, float]:
     """Returns the numbers of a line of metrics.jsonl under the names trackers show; lists are left out."""
-    kind = "eval" if "eval_loss" in values else "train"
+    kind = "eval" if is_evaluation(values) else "train"
     found: dict[str, float] = {}
 
     def add(name: str, value: Any) -> None:

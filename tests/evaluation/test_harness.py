@@ -15,6 +15,7 @@ from smore_cli.data.formats import MultipleChoice
 from smore_cli.data.templates import Renderer
 from smore_cli.errors import ModelError
 from smore_cli.evaluation import evaluate, harness
+from smore_cli.evaluation.benchmarks import read_tasks
 from smore_cli.evaluation.results import TaskResult
 from smore_cli.evaluation.scoring import PrefixSharingLM
 from smore_cli.recipe.schema import DataConfig, Source
@@ -138,3 +139,33 @@ def test_a_chat_needs_a_chat_template(model: Any, tiny_llama: Path, folder: Path
     bare.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
         evaluate(model, bare, ["arc_easy"], data_dir=folder, template="chat")
+
+
+def test_lm_evals_own_tasks_run_with_metrics_that_are_no_means(
+    monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any
+) -> None:
+    import datasets
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    rows = [{"sentence1": f"Anna has {i}.", "sentence2": "Ice melts.", "label": i % 2, "idx": i} for i in range(6)]
+    sets = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), datasets.Dataset.from_list(rows)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: sets)
+    (task,) = read_tasks("mrpc")
+    (result,) = harness.score(model, tokenizer, [task])
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    theirs = evaluator.evaluate(lm, {"tasks": {"mrpc": read_tasks("mrpc")[0].theirs}}, bootstrap_iters=0)
+    assert result.metrics == ["acc"]
+    assert result.acc == theirs["results"]["mrpc"]["acc,none"]
+    assert result.others == {"f1": theirs["results"]["mrpc"]["f1,none"]}
+
+
+def test_an_answer_of_ones_own_file_must_be_matched_exactly(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps({"question": "Anna has", "answer": "?"}) + "\n")
+    (result,) = evaluate(model, tokenizer, [str(file)])
+    written = str(result.samples[0].response).strip()
+    assert result.value("exact_match") == 0
+    file.write_text("".join(json.dumps({"question": "Anna has", "answer": each}) + "\n" for each in (written, "ice")))
+    (result,) = evaluate(model, tokenizer, [str(file)])
+    assert result.values("exact_match") == [1, 0]

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from smore_cli.errors import DataError
-from smore_cli.evaluation.scoring import BRANCH_TOKENS, PrefixSharingLM, longest_shared_sequence
+from smore_cli.evaluation.scoring import BRANCH_TOKENS, CPU_TOKENS, PrefixSharingLM, longest_shared_sequence
 from smore_cli.methods.smore import SMoREConfig
 from smore_cli.models.logit_rule import logit_rule
 from smore_cli.nn import attach
@@ -199,3 +199,48 @@ def test_scores_of_the_real_model_on_arc_are_those_of_lm_eval(smollm2: Path, sha
     asked = requests([(f"Question: {r['question']}\nAnswer:", [f" {c}" for c in r["choices"]]) for r in rows])
     real: Any = AutoModelForCausalLM.from_pretrained(smollm2)
     assert_same_scores(real, AutoTokenizer.from_pretrained(smollm2), asked, tolerance=3e-4)
+
+
+def test_answers_generated_in_a_batch_are_those_of_one_at_a_time(model: Any, tokenizer: Any) -> None:
+    attach(model, SMoREConfig(rank=[2, 2], num_experts=[3, 3], router_dim=4, key_dim=4, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    settings = {"until": ["\n"], "do_sample": False, "max_gen_toks": 8}
+    prompts = ["Anna has", "Question: What do plants need to grow? Answer:", "A recipe names a model, an"]
+    asked = [Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(prompts)]
+    written = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        new = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        written.append(tokenizer.decode(new, skip_special_tokens=True).split("\n")[0])
+    assert len(set(written)) == 3
+    for size in (1, 3):
+        assert PrefixSharingLM(model, tokenizer, batch_size=size).generate_until(asked) == written
+
+
+def test_batches_without_a_size_hold_as_many_rows_as_have_room(model: Any, tokenizer: Any) -> None:
+    shapes: list[tuple[int, ...]] = []
+    logit_rule(model)
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    prompts = [(f"{'water ' * length}{number}", [" sun", " moon"]) for length in (2, 100) for number in range(40)]
+    PrefixSharingLM(model, tokenizer).loglikelihood(requests(prompts))
+    assert all(rows * length <= CPU_TOKENS for rows, length in shapes)
+    assert shapes[0][0] < shapes[-1][0]
+    assert len(shapes) < 20
+
+
+def test_a_pass_that_runs_out_of_memory_is_halved(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = PrefixSharingLM(model, tokenizer, batch_size=100).loglikelihood(requests(QUESTIONS))
+    together = PrefixSharingLM._score_together
+
+    def small(self: Any, rows: Any, last: Any) -> Any:
+        if len(rows) > 2:
+            raise torch.cuda.OutOfMemoryError
+        return together(self, rows, last)
+
+    monkeypatch.setattr(PrefixSharingLM, "_score_together", small)
+    halved = PrefixSharingLM(model, tokenizer).loglikelihood(requests(QUESTIONS))
+    assert [value for value, _ in halved] == pytest.approx([value for value, _ in whole], abs=1e-5)
