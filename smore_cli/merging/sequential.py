@@ -63,12 +63,11 @@ def merge_sequentially(
     for number in range(len(layers.modules)):
         done = None if work is None else work.read(number)
         found = merge_layer(layers, number, adapted, (routed, merged), solver, done)
-        results |= found
         if work is not None and done is None and found:
             maps = maps_of(layers, number, adapted)
             work.write(number, {path: kept_tensors(maps[path], result) for path, result in found.items()})
-            for path, tensors in (work.read(number) or {}).items():
-                restore(maps[path], tensors)  # from now on a piece of the file
+            found = {path: restore(maps[path], tensors) for path, tensors in (work.read(number) or {}).items()}
+        results |= found
         if number + 1 < len(layers.modules):
             for stream in merged:
                 stream.hidden = stream.run(layers, number)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from smore_cli.errors import UsageError
 from smore_cli.merging.calibration import Calibration, batches_of, gold_rows
 from smore_cli.merging.dense import dequantised, is_constant, quantised_maps
 from smore_cli.merging.fitting import Solver
@@ -132,12 +133,14 @@ def measure_dividend(
         on_progress: called with the steps done and their total; a step is a pass, or the fit of a layer.
 
     Raises:
-        UsageError: the adapter is not on one stack of layers, or nothing of the rows is supervised.
+        UsageError: the adapter is not on one stack of layers, there is nothing to fit to, or nothing of the held-out
+            rows is supervised.
     """
     adapted = routed_modules(model)
-    if is_constant(model, next((module.active or "" for module in adapted.values()), "")):
-        fit_rows, layers = [], ()  # it is its own static update
-    fit_rows = gold_rows(fit_rows)
+    static_itself = is_constant(model, next((module.active or "" for module in adapted.values()), ""))
+    fit_rows = [] if static_itself else gold_rows(fit_rows)
+    if not fit_rows and not static_itself:
+        raise UsageError("there is no text to fit a static update to")
     with evaluating(model), _dequantised(model), torch.no_grad():
         stack = layers_of(model, adapted)
         passes = Passes(model, stack, held_out_rows, pad_token_id)

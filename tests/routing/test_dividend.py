@@ -112,11 +112,13 @@ def test_a_layer_made_static_is_numpys_least_squares_with_an_intercept() -> None
     assert abs(layer.value) > 1e-3
 
 
-def test_rows_without_anything_to_predict_are_refused() -> None:
+def test_rows_without_anything_to_predict_or_to_fit_to_are_refused() -> None:
     model: Any = CASES["mola-llama"].random()
     rows = [Row([3, 4], [[5]], [[False]])]
     with pytest.raises(UsageError, match="no token of the held-out rows"):
         measure_dividend(model, text(4, seed=0), rows, pad_token_id=PAD)
+    with pytest.raises(UsageError, match="no text to fit"):
+        measure_dividend(model, [], text(4, seed=0), pad_token_id=PAD)
 
 
 def test_a_quantised_backbone_is_measured_as_the_weights_it_stands_for_and_stays_quantised() -> None:
