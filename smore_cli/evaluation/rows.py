@@ -27,7 +27,8 @@ def boolq(row: Mapping[str, Any]) -> Row:
     """
     question, choices, label = row.get("question"), row.get("choices", ["no", "yes"]), row.get("label")
     label = row.get("answer") if label is None else label
-    label = int(label) if isinstance(label, bool) else label
+    if isinstance(label, bool) and isinstance(choices, list):
+        label = next((i for i, text in enumerate(choices) if (str(text).lower() in ("yes", "true")) == label), label)
     if not isinstance(question, str):
         return {**row, "choices": choices, "label": label}
     passage = next((row[key] for key in ("passage", "context") if isinstance(row.get(key), str)), None)

@@ -135,4 +135,4 @@ def _accuracies(
         limit=benchmark.limit,
         template="plain" if recipe is None else training_template(recipe.data),
     )
-    return {result.task: {"n": result.n, "acc": result.acc} for result in results}
+    return {result.task: {"n": result.n, "acc": result.value(result.metrics[0])} for result in results}

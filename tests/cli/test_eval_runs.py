@@ -119,6 +119,7 @@ def test_runs_on_other_backbones_are_refused_in_one_line(
     assert hint == "hint: evaluate them one by one"
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_gives_the_same_bytes(tmp_path: Path, tiny_llama: Path) -> None:
     options = ["--model", str(tiny_llama), "--benchmark", "quickstart", "--batch-size", "1", "--json"]
     command = [sys.executable, "-m", "smore_cli", "eval", *options, "--out", str(tmp_path / "x.json")]

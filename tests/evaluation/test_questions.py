@@ -49,6 +49,13 @@ def test_boolq_asks_the_same_however_passage_and_question_are_written(
     assert (task.questions[0]["choices"], task.questions[0]["label"]) == (["no", "yes"], 1)
 
 
+@pytest.mark.parametrize("choices", [["no", "yes"], ["yes", "no"], ["True", "False"]])
+def test_boolqs_true_is_the_choice_that_says_so(tmp_path: Path, choices: list[str]) -> None:
+    row = {"question": "is ice cold", "passage": "Ice is cold.", "choices": choices, "answer": True}
+    (task,) = read_tasks("boolq", write(tmp_path, "boolq_dev.jsonl", row))
+    assert choices[task.questions[0]["label"]].lower() in ("yes", "true")
+
+
 def test_siqa_puts_context_and_question_on_one_line(tmp_path: Path) -> None:
     choices = {"choices": ["rest", "run", "sing"], "label": 1}
     rows = [{"question": "Anna fell.\nWhat next?"}, {"context": "Anna fell.", "question": "What next?"}]
