@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from smore_cli.comparing.sizes import match_sizes
+from smore_cli.comparing.spec import read_comparison
 from smore_cli.methods import available_methods
 from smore_cli.nn.attach import find_targets, sites_of
 from smore_cli.recipe import load_recipe
@@ -19,6 +21,7 @@ from tests.backbones import SHAPES, meta_model
 
 ROOT = Path(__file__).parents[1] / "recipes"
 RECIPES = {path.relative_to(ROOT).with_suffix("").as_posix(): path for path in sorted(ROOT.rglob("*.yaml"))}
+COMPARISONS = {name: RECIPES.pop(name) for name in list(RECIPES) if name.startswith("compare/")}
 BUNDLED = [name for name, path in RECIPES.items() if "name_or_path: smollm2-135m" in path.read_text()]
 LARGE = [name for name in RECIPES if name not in BUNDLED]
 SHORT = ["train.max_steps=2", "train.per_device_batch_size=2", "data.max_length=96", "eval.batch_size=8"]
@@ -49,6 +52,13 @@ def mixture_of_local_files(folder: Path) -> list[str]:
     )
     held_out = f"{{path: {folder / 'arc_easy_test.jsonl'}, {choices}, {few}}}"
     return [f"data.train=[{', '.join(train)}]", f"data.eval=[{held_out}]", "data.max_length=256"]
+
+
+@pytest.mark.usefixtures("smollm2")
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_ready_comparison_has_methods_of_equal_size(name: str) -> None:
+    baseline, *others = match_sizes(read_comparison(COMPARISONS[name]))
+    assert others and all(abs(other.trainable / baseline.trainable - 1) <= 0.02 for other in others)
 
 
 def test_every_method_has_a_recipe_of_its_own() -> None:

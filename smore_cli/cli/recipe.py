@@ -21,13 +21,16 @@ _Overrides = Annotated[
 @app.command("list")
 def list_recipes() -> None:
     """List the ready recipes: name, method, model and what it is for."""
+    from smore_cli.comparing.spec import is_comparison, read_comparison
     from smore_cli.recipe import load_recipe
     from smore_cli.recipe.ready import ready_recipes
 
     rows = []
     for ready in ready_recipes():
-        recipe = load_recipe(ready.path)
-        rows.append((ready.name, recipe.adapter.method, recipe.model.name_or_path, ready.summary))
+        several = is_comparison(ready.path)
+        recipe = read_comparison(ready.path).baseline.recipe if several else load_recipe(ready.path)
+        method = "compare" if several else recipe.adapter.method
+        rows.append((ready.name, method, recipe.model.name_or_path, ready.summary))
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
     for row in rows:
         typer.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -67,14 +70,16 @@ def validate(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="YAML files.", show_default=False)],
     overrides: _Overrides = None,
 ) -> None:
-    """Check recipes; every problem is shown with its line and column."""
+    """Check recipes and comparisons; every problem is shown with its line and column."""
+    from smore_cli.comparing.spec import is_comparison, read_comparison
     from smore_cli.errors import RecipeError
     from smore_cli.recipe import load_recipe
 
     problems, hints = [], []
     for path in recipes:
         try:
-            load_recipe(path, overrides or [])
+            read = read_comparison if is_comparison(path) else load_recipe
+            read(path, overrides or [])
         except RecipeError as error:
             problems += error.problems
             hints.append(error.hint)

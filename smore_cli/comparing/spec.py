@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["CompareConfig", "Comparison", "Contender", "read_comparison"]
+__all__ = ["CompareConfig", "Comparison", "Contender", "is_comparison", "read_comparison"]
 
 Objective = Literal["completion", "choice_ranking"]
 LABEL = r"[\w.-]+"
@@ -122,6 +122,15 @@ class Comparison:
         return self.config.objectives or [self.baseline.recipe.data.objective]
 
 
+def is_comparison(path: Path) -> bool:
+    """Whether a file has the section.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    return "compare" in read_document(path).values
+
+
 def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     """Reads a comparison.
 
@@ -190,9 +199,11 @@ def _contender(label: str, entry: dict[str, Any], values: dict[str, Any], docume
 
 def _checked(values: dict[str, Any], document: Document) -> Recipe | None:
     """Returns the recipe of some values; None where there is something wrong, which the document then knows."""
+    apart = replace(document, problems=[])  # what is wrong elsewhere says nothing of this recipe
     try:
-        return checked(values, document)
+        return checked(values, apart)
     except RecipeError:
+        document.problems += [problem for problem in apart.problems if problem not in document.problems]
         return None
 
 

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import pytest
 
+from smore_cli.comparing.spec import read_comparison
 from smore_cli.recipe import load_recipe
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -99,6 +100,11 @@ def shortened(words: list[str]) -> list[str]:
         return [*words, *(word for setting in short for word in ("--set", setting))]
     if words[:2] in (["smore", "eval"], ["smore", "inspect-routing"]):
         return [*words, "--limit", "4"]
+    if words[:2] == ["smore", "compare"]:
+        short = ["train.max_steps=2", "train.per_device_batch_size=2", "eval.steps=2", "compare.seeds=1"]
+        short += ["compare.objectives=[completion]", "compare.limit=4", "compare.dividend_tokens=0"]
+        short += ["compare.methods.mola=null"]
+        return [*words, *(word for setting in short for word in ("--set", setting))]
     if words[0] == "python":
         return [*words, *TINY[Path(words[1]).stem], "--repeats", "1"]
     return words
@@ -147,7 +153,9 @@ def check_recipe(block: Block, folder: Path) -> None:
     shown = sections(block.text)
     base = {} if "version" in shown else sections((PROJECT / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
     path.write_text("".join((base | shown).values()), encoding="utf-8")
-    if "broken" not in path.stem:
+    if "compare" in shown:
+        read_comparison(path)
+    elif "broken" not in path.stem:
         load_recipe(path)
 
 
