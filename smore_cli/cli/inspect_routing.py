@@ -62,6 +62,10 @@ def inspect_routing_command(
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Also which experts each token of this text takes.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Also one self-contained page, for a browser."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show which experts the tokens of some data use: per layer, projection and tree level."""
@@ -87,8 +91,13 @@ def inspect_routing_command(
         say=_say,
         progress=_progress,
     )
+    document = profile.document()
+    if html is not None:
+        from smore_cli.routing.html import render_page
+
+        _write(html, render_page(document).encode())
     if as_json:
-        typer.echo(json.dumps(profile.document(), indent=1, allow_nan=False))
+        typer.echo(json.dumps(document, indent=1, allow_nan=False))
     else:
         _print(profile, in_full=detail is not None)
 
@@ -167,6 +176,15 @@ def _print_trace(profile: RoutingProfile, *, in_full: bool) -> None:
             out.print(table)
     if not in_full:
         out.print(view.TRACE_LEGEND, style="dim", markup=False)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, and says so."""
+    from smore_cli.atomic import write_bytes, writing
+
+    with writing(file):
+        write_bytes(file, content)
+    _say(f"wrote {file} ({len(content) / 1e3:,.0f} kB)")
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,8 @@
+expertSection();
+routerSection();
+traceSection();
+causalSection();
+dividendSection();
+setUpContents();
+setUpTheme();
+setUpTip();
