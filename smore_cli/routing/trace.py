@@ -50,7 +50,7 @@ class RouterTrace:
 
     def picks(self) -> list[list[list[tuple[int, float]]]]:
         """Returns for each token and parent the picked experts and their weights, the heaviest first."""
-        return [[_heaviest_first(parent) for parent in token] for token in self.gates]
+        return [[_heaviest_first(parent) for parent in token] for token in self.gates.tolist()]
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,6 @@ def _text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return str(tokenizer.decode([token]))
 
 
-def _heaviest_first(gates: Tensor) -> list[tuple[int, float]]:
-    picked = [(expert, weight) for expert, weight in enumerate(gates.tolist()) if weight]
+def _heaviest_first(gates: list[float]) -> list[tuple[int, float]]:
+    picked = [(expert, weight) for expert, weight in enumerate(gates) if weight]
     return sorted(picked, key=lambda pair: -abs(pair[1]))

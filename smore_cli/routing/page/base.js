@@ -61,7 +61,7 @@ const emptyCell = () => h("td", { class: "none" });
 function heatTable(caption, columns, rows) {
   const head = h("tr", {}, h("td"), columns.map((name) => h("th", { scope: "col" }, name)));
   const body = rows.map(([name, cells]) => h("tr", {}, h("th", { scope: "row" }, name), cells));
-  return h("table", { class: "heat", tabindex: 0 }, h("caption", {}, caption), h("thead", {}, head), h("tbody", {}, body));
+  return h("div", { class: "scroll" }, h("table", { class: "heat" }, caption ? h("caption", {}, caption) : null, h("thead", {}, head), h("tbody", {}, body)));
 }
 
 function scaleOf(kind, ...ticks) {

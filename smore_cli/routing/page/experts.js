@@ -61,7 +61,7 @@ function routerTable(level, measure, range) {
     const heat = (router[measure] - range[0]) / (range[1] - range[0] || 1);
     return cell(heat, number(router[measure]), `layer ${layerName(layer)} · ${projection}\n${router[measure]}`);
   })]);
-  return heatTable(levelName(level) || "all", projections, rows);
+  return heatTable(levelName(level), projections, rows);
 }
 
 function routerSection() {

@@ -21,12 +21,12 @@ function causalSection() {
     const here = effects.filter((effect) => effect.level === level);
     const tables = kinds.map(([kind, words]) => {
       const top = Math.max(...here.map((effect) => Math.abs(effect[kind].value))) || 1;
-      return h("div", {}, effectTable(words, here, kind, top), scaleOf("signed", signed(-top, 3), "0", signed(top, 3)));
+      return h("div", {}, effectTable(words, here, kind, top), scaleOf("signed", signed(-top), "0", signed(top)));
     });
-    return [levelName(level) ? h("h3", {}, levelName(level)) : null, h("div", { class: "panels" }, tables)];
+    return h("div", {}, levelName(level) ? h("h3", {}, levelName(level)) : null, h("div", { class: "panels" }, tables));
   });
   const note = `How the loss, ${number(loss, 4)} nats a token over ${tokens.toLocaleString("en")} supervised tokens, changes without an expert, and with nothing but it. What is within two standard errors of none has no colour.`;
-  section("causal", "What an expert is worth", note, ...groups.flat().filter(Boolean));
+  section("causal", "What an expert is worth", note, h("div", { class: "levels" }, groups));
 }
 
 function dividendSection() {
