@@ -8,6 +8,14 @@ from typing import Annotated
 
 import typer
 
+from smore_cli.cli.merge_options import (
+    CalibrationFile,
+    CalibrationFormat,
+    CalibrationTokens,
+    DistillSteps,
+    calibration_of,
+)
+
 __all__ = ["export_command"]
 
 
@@ -29,21 +37,10 @@ def export_command(
     type: Annotated[
         str | None, typer.Option("--type", metavar="TYPE", help="gguf: f32, f16, bf16 or q8_0; default: f16.")
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            metavar="FILE",
-            help="peft, hf, gguf: fit a routed adapter to this text; default: the run's training mixture.",
-        ),
-    ] = None,
-    format_name: Annotated[
-        str | None,
-        typer.Option("--format", metavar="F", help="How to read --calibration; default: as the run's own data."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", metavar="N", min=1, help="Tokens to fit to; default 16384.")
-    ] = None,
+    calibration: CalibrationFile = None,
+    format_name: CalibrationFormat = None,
+    calibration_tokens: CalibrationTokens = None,
+    distill: DistillSteps = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Ask ours and the program it is for the same prompts, before it is kept.")
     ] = False,
@@ -61,7 +58,6 @@ def export_command(
     """Export a run to what another program opens: exactly where the format can, with the loss measured elsewhere."""
     from smore_cli.cli.console import err
     from smore_cli.cli.console import out as console
-    from smore_cli.cli.merge_options import calibration_of
     from smore_cli.exporting.export import export
     from smore_cli.exporting.formats import Options
 
@@ -69,7 +65,7 @@ def export_command(
         rank=rank,
         type=type,
         verify=verify,
-        calibration=calibration_of(calibration, format_name, calibration_tokens, None, None),
+        calibration=calibration_of(calibration, format_name, calibration_tokens, None, None, distill),
         say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
     )
     exported = export(run, out, to, options=options, tolerance=tolerance)

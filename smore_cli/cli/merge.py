@@ -8,6 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from smore_cli.cli.merge_options import (
+    CalibrationFile,
+    CalibrationFormat,
+    CalibrationTokens,
+    DistillSteps,
+    benchmark_of,
+    calibration_of,
+)
+
 __all__ = ["merge_command"]
 
 
@@ -18,17 +27,9 @@ def merge_command(
         Literal["exact", "least-squares", "mean", "uniform"] | None,
         typer.Option("--method", help="Default: exact for what is the same for every token, else least-squares."),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option("--calibration", metavar="FILE", help="Fit to this text; default: the run's training mixture."),
-    ] = None,
-    format_name: Annotated[
-        str | None,
-        typer.Option("--format", metavar="F", help="How to read --calibration; default: as the run's own data."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", metavar="N", min=1, help="Tokens to fit to; default 16384.")
-    ] = None,
+    calibration: CalibrationFile = None,
+    format_name: CalibrationFormat = None,
+    calibration_tokens: CalibrationTokens = None,
     ridge: Annotated[
         float | None,
         typer.Option("--ridge", metavar="X", min=0, help="Pull towards the prior, relative to the inputs' square."),
@@ -37,6 +38,7 @@ def merge_command(
         Literal["none", "mean"] | None,
         typer.Option("--prior", help="What inputs that never occur get: nothing (default), or the mean expert."),
     ] = None,
+    distill: DistillSteps = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -72,9 +74,8 @@ def merge_command(
     """Merge an adapter into its backbone: an ordinary model folder, reopened and judged before it is kept."""
     from smore_cli.cli.console import err
     from smore_cli.cli.console import out as console
-    from smore_cli.cli.merge_options import benchmark_of, calibration_of
 
-    options = calibration_of(calibration, format_name, calibration_tokens, ridge, prior)
+    options = calibration_of(calibration, format_name, calibration_tokens, ridge, prior, distill)
     questions = benchmark_of(benchmark, data_dir, limit)
 
     from smore_cli.merging.merge import merge

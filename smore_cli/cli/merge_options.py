@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path  # Typer reads the annotations when the program runs
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 from smore_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from smore_cli.merging.calibration import Calibration
     from smore_cli.merging.reference import Benchmark
 
-__all__ = ["benchmark_of", "calibration_of"]
+__all__ = [
+    "CalibrationFile",
+    "CalibrationFormat",
+    "CalibrationTokens",
+    "DistillSteps",
+    "benchmark_of",
+    "calibration_of",
+]
+
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration", metavar="FILE", help="Fit a routed adapter to this text; default: the run's training mixture."
+    ),
+]
+CalibrationFormat = Annotated[
+    str | None, typer.Option("--format", metavar="F", help="How to read --calibration; default: as the run's own data.")
+]
+CalibrationTokens = Annotated[
+    int | None, typer.Option("--calibration-tokens", metavar="N", min=1, help="Tokens to fit to; default 16384.")
+]
+DistillSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--distill", metavar="STEPS", min=1, help="Then teach the result what the routed model says, so many steps."
+    ),
+]
 
 
 def calibration_of(
@@ -21,6 +48,7 @@ def calibration_of(
     tokens: int | None,
     ridge: float | None,
     prior: Literal["none", "mean"] | None,
+    distill: int | None,
 ) -> Calibration | None:
     """Returns how a routed adapter is fitted; None where nothing was said of it.
 
@@ -32,6 +60,7 @@ def calibration_of(
     if format_name is not None and path is None:
         raise UsageError("--format is about --calibration, which is not given", "name a file with --calibration")
     given: dict[str, Any] = {"path": path, "format": format_name, "tokens": tokens, "ridge": ridge, "prior": prior}
+    given["distill"] = distill
     given = {key: value for key, value in given.items() if value is not None}
     return Calibration(**given) if given else None
 

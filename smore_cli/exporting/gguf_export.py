@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from smore_cli.errors import CheckFailed, UsageError
 from smore_cli.exporting.compare import Writer, greedy
-from smore_cli.exporting.folder import require_space
 from smore_cli.exporting.formats import Options, Written
 from smore_cli.exporting.gguf_adapter import is_plain_lora, write_adapter
 from smore_cli.exporting.gguf_model import NUMBERS, LlamaNames, gguf_bytes, require_llama, write_model
@@ -16,6 +15,7 @@ from smore_cli.exporting.gguf_tokenizer import read_tokenizer
 from smore_cli.exporting.llama_cpp import LlamaCpp, require_llama_cpp
 from smore_cli.exporting.merged import load_plain, merge_into
 from smore_cli.merging.outcome import MERGE_FILE
+from smore_cli.merging.writing import require_room
 from smore_cli.models.load import load_skeleton, load_tokenizer
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def write_gguf(run: Run, folder: Path, options: Options) -> Written:
     names = require_llama(skeleton.config)
     kept = read_tokenizer(tokenizer, skeleton.config.vocab_size)
     numbers = sum(parameter.numel() for parameter in skeleton.parameters())
-    require_space(folder, gguf_bytes(numbers, kind) + 4 * numbers)  # the merged folder lies beside it for a while
+    require_room(folder, gguf_bytes(numbers, kind) + 4 * numbers)  # the merged folder lies beside it for a while
     scratch = folder / "merged"
     scratch.mkdir()
     merge_into(run, scratch, options)

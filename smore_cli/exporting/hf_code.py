@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from smore_cli.errors import UsageError
 from smore_cli.exporting.compare import Writer, greedy
-from smore_cli.exporting.folder import require_space
 from smore_cli.exporting.formats import Options, Written
 from smore_cli.exporting.self_contained import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
 from smore_cli.exporting.source import load_dense
 from smore_cli.exporting.sources import flat_name, flat_sources
-from smore_cli.merging.writing import write_model
+from smore_cli.merging.writing import require_room, write_model
 from smore_cli.models.adapter_files import WEIGHTS_FILE
 from smore_cli.models.load import load_skeleton
 from smore_cli.nn import detach
@@ -67,7 +66,7 @@ def write_hf_code(run: Run, folder: Path, options: Options) -> Written:
     """
     config = _require_portable(run)
     model, tokenizer = load_dense(run, options.device)
-    require_space(folder, sum(parameter.nbytes for parameter in model.parameters()))
+    require_room(folder, sum(parameter.nbytes for parameter in model.parameters()))
     detach(model)
     base, kind = type(model).__name__, model.config.model_type
     write_model(model, tokenizer, folder, model.dtype, "4GB")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from smore_cli.exporting.compare import greedy
-from smore_cli.exporting.folder import require_space
 from smore_cli.exporting.formats import OPEN_MODEL, Options, Written
 from smore_cli.exporting.merged import load_plain
 from smore_cli.exporting.source import load_dense
 from smore_cli.exporting.stock_moe import require_stock_moe, stock_moe_bytes, write_stock_moe
 from smore_cli.exporting.stock_twins import twin_of
+from smore_cli.merging.writing import require_room
 from smore_cli.models.load import load_skeleton
 from smore_cli.models.tokenizer_files import save_tokenizer
 
@@ -35,7 +35,7 @@ def write_hf_moe(run: Run, folder: Path, options: Options) -> Written:
     config = require_stock_moe(run.adapter.config(skeleton))
     twin = twin_of(skeleton.config)
     model, tokenizer = load_dense(run, options.device)
-    require_space(folder, stock_moe_bytes(model, config.num_experts))
+    require_room(folder, stock_moe_bytes(model, config.num_experts))
     dtype = str(model.dtype).removeprefix("torch.")
     write_stock_moe(model, config, folder)
     save_tokenizer(tokenizer, folder)

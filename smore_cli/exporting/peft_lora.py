@@ -10,32 +10,33 @@ The folder is reopened beside a fresh backbone and judged like a merged model.
 from __future__ import annotations
 
 import gc
-import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from smore_cli.atomic import atomic_folder, write_text, writing
+from smore_cli.atomic import atomic_folder, writing
 from smore_cli.errors import UsageError
 from smore_cli.merging.calibration import Calibration, batches_of
-from smore_cli.merging.card import card
 from smore_cli.merging.dense import adapters_of, dequantise
+from smore_cli.merging.distillation import distil, lessons_of
 from smore_cli.merging.fitting import MapResult, Solver
-from smore_cli.merging.merge import refusing_existing, require_close, solved_layers
-from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
+from smore_cli.merging.merge import refusing_existing, seal, solved_layers
+from smore_cli.merging.outcome import Merged, peak_memory
 from smore_cli.merging.reference import NO_BENCHMARK, Benchmark, Reference, measure_reference
-from smore_cli.merging.sequential import merge_sequentially
-from smore_cli.merging.work import key_of
-from smore_cli.merging.writing import write_manifest
+from smore_cli.merging.sequential import linear_maps, merge_sequentially
+from smore_cli.merging.work import fingerprint, key_of
+from smore_cli.merging.writing import require_room
 from smore_cli.methods.lora import LoRAConfig
 from smore_cli.models.adapter_files import load_adapter, save_adapter
 from smore_cli.models.load import load_backbone
 from smore_cli.models.quantised import describe_quantization
 from smore_cli.models.runs import open_run
 from smore_cli.models.tokenizer_files import save_tokenizer
-from smore_cli.nn import attach, detach
+from smore_cli.nn import attach
 from smore_cli.nn.full_copy import FullCopy
 from smore_cli.nn.low_rank import LowRank
+from smore_cli.nn.targets import widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from smore_cli.merging.distillation import Lesson
     from smore_cli.merging.work import Work
     from smore_cli.models.runs import Run
 
@@ -89,11 +91,19 @@ def export_peft(
     reference = measure_reference(run, model, tokenizer, options, benchmark, say)
     config = cast("LoRAConfig", run.adapter.config(model)) if exact else None
     rows = reference.texts.calibration.rows
-    key = key_of(run.folder, "peft", rank, str(options), str(run.model), str(run.quantization), str(rows))
+    key = key_of(run.folder, "peft", rank, str(options), fingerprint(model), str(run.quantization), str(rows))
     place = model.device
+    require_room(out, _bytes_needed(model, rank))
     with writing(out), solved_layers(out, key) as work:
         if config is None:
-            config = _fit(run, model, reference, rank, options, work, say)
+            fitted = _fit(run, model, reference, rank, options, work, say)
+            config = fitted.config
+            del model  # its weights hold the update now
+            gc.collect()
+            model = load_backbone(run.model, run.quantization, place).model
+            _give(model, fitted)
+            if options.distill:
+                distil(model, fitted.lessons, options.distill, say)
         with refusing_existing(out), atomic_folder(out) as folder:
             save_adapter(model, config, folder, base=run.model)
             save_tokenizer(tokenizer, folder)
@@ -120,11 +130,32 @@ def export_peft(
                 rank=config.rank,
             )
             del again
-            require_close(merged, tolerance)
-            write_text(folder / MERGE_FILE, json.dumps(merged.document(), indent=1, sort_keys=True) + "\n")
-            write_text(folder / "README.md", card(merged))
-            write_manifest(folder)
+            seal(folder, merged, tolerance)
     return merged
+
+
+def _bytes_needed(model: PreTrainedModel, rank: int) -> int:
+    """Returns the bytes of a LoRA of that rank, and of the fitted weights that lie beside it until it is done."""
+    adapted = adapters_of(model).items()
+    maps = [widths(base) for path, module in adapted for _, base in linear_maps(path, module.base)]
+    return sum(4 * rank * (d_in + d_out) + model.dtype.itemsize * d_in * d_out for d_in, d_out in maps)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """The LoRA that is nearest to a routed adapter.
+
+    Attributes:
+        config: its settings.
+        maps: its factors, by path.
+        copies: the tensors of what was trained whole, by path.
+        lessons: what the routed model says of the text; none where nothing is distilled.
+    """
+
+    config: LoRAConfig
+    maps: dict[str, MapResult]
+    copies: dict[str, dict[str, Tensor]]
+    lessons: list[Lesson]
 
 
 def _fit(
@@ -135,36 +166,34 @@ def _fit(
     options: Calibration,
     work: Work,
     say: Callable[[str], None],
-) -> LoRAConfig:
-    """Replaces the routed adapter of a model by the LoRA that is nearest to it; returns its settings."""
+) -> _Fitted:
+    """Fits a LoRA to the routed adapter of a model, whose weights change on the way."""
     copies = {
         path: {name: tensor.detach().clone() for name, tensor in adapter.copy.state_dict().items()}
         for path, module in adapters_of(model).items()
         if isinstance(adapter := module.adapter("default"), FullCopy)
     }
+    corpus, saved = reference.texts.calibration, run.adapter.config(model).modules_to_save
+    lessons = lessons_of(model, corpus.rows, reference.pad_token_id) if options.distill else []
     if run.quantization is not None:
         dequantise(model)
-    corpus = reference.texts.calibration
     say(f"fitted to {corpus.tokens:,} tokens of {corpus.origin}")
     batches = batches_of(corpus.rows, reference.pad_token_id)
-    saved = run.adapter.config(model).modules_to_save
     found = merge_sequentially(model, batches, Solver(options.ridge, options.prior, rank), work, say)
-    detach(model)
     config = LoRAConfig(target_modules=list(found), rank=rank, alpha=float(rank), modules_to_save=saved)
-    attach(model, config)
-    _fill(model, found, copies)
-    return config
+    return _Fitted(config, found, copies, lessons)
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, found: dict[str, MapResult], copies: dict[str, dict[str, Tensor]]) -> None:
-    """Gives a fresh LoRA the factors that were found, and what was trained whole."""
+def _give(model: PreTrainedModel, fitted: _Fitted) -> None:
+    """Attaches a LoRA with the factors that were found to a backbone, and what was trained whole."""
+    attach(model, fitted.config)
     for path, module in adapters_of(model).items():
         adapter = module.adapter("default")
         if isinstance(adapter, FullCopy):
-            adapter.copy.load_state_dict(copies[path])
+            adapter.copy.load_state_dict(fitted.copies[path])
             continue
-        lora, factors = cast("LowRank", adapter), found[path].factors
+        lora, factors = cast("LowRank", adapter), fitted.maps[path].factors
         if factors is None or factors[0].shape != lora.lora_B.shape:
             widths = " and ".join(map(str, (lora.lora_B.shape[0], lora.lora_A.shape[1])))
             raise UsageError(f"--rank: {path} has widths {widths}, so no rank {lora.lora_A.shape[0]}", "lower it")

@@ -47,6 +47,7 @@ class Calibration:
         tokens: how many are used.
         ridge: share of the mean square of an input's entries that is added to all of them (`regression.fit`).
         prior: what directions without data fall back to.
+        distill: steps of `distillation` after it.
     """
 
     path: Path | None = None
@@ -54,6 +55,7 @@ class Calibration:
     tokens: int = 16384
     ridge: float = 1e-3
     prior: Literal["none", "mean"] = "none"
+    distill: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,12 @@ def training_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: in
     return _draw(rest, tokens)[0]
 
 
-def batches_of(rows: Sequence[Row], pad_token_id: int) -> list[Batch]:
-    """Returns rows as forward passes of about `PASS_TOKENS`, long ones first, so that little is padding."""
+def batches_of(rows: Sequence[Row], pad_token_id: int, *, tokens: int = PASS_TOKENS) -> list[Batch]:
+    """Returns rows as forward passes of about `tokens`, long ones first, so that little is padding."""
     ordered = sorted(rows, key=lambda row: row.length, reverse=True)
     batches, start = list[Batch](), 0
     while start < len(ordered):
-        size = max(1, PASS_TOKENS // ordered[start].length)
+        size = max(1, tokens // ordered[start].length)
         batches.append(collate(ordered[start : start + size], pad_token_id=pad_token_id))
         start += size
     return batches

@@ -167,8 +167,15 @@ def kept_tensors(base: Any, result: MapResult) -> dict[str, Tensor]:
 
 
 def restore(base: Any, tensors: dict[str, Tensor]) -> MapResult:
-    """Does a map again from what was kept of it."""
-    set_weight(base, tensors["weight"].to(base.weight.device))
+    """Does a map again from what was kept of it.
+
+    On a CPU the weight is then a piece of the file, which the system may drop from memory and read again: of a merged
+    backbone no more has to be in memory at a time than the layer that runs.
+    """
+    if base.weight.device.type == "cpu" and type(base).__name__ != "Conv1D":
+        base.weight.data = tensors["weight"]
+    else:
+        set_weight(base, tensors["weight"].to(base.weight.device))
     if "bias" in tensors:
         base.bias.copy_(tensors["bias"])
     factors = (tensors["B"], tensors["A"]) if "B" in tensors else None

@@ -24,7 +24,7 @@ __all__ = ["merge_mean"]
 
 
 @torch.no_grad()
-def merge_mean(model: PreTrainedModel, batches: Sequence[Batch], *, uniform: bool) -> int:
+def merge_mean(model: PreTrainedModel, batches: Sequence[Batch], *, uniform: bool) -> list[str]:
     """Adds the update with mean gates to every weight, in place, and switches the adapter off.
 
     What the update adds whatever x is goes to the bias where there is one, and is lost elsewhere.
@@ -35,7 +35,7 @@ def merge_mean(model: PreTrainedModel, batches: Sequence[Batch], *, uniform: boo
         uniform: spread each router's total weight evenly over its experts.
 
     Returns:
-        How many linear maps were changed.
+        The paths of the linear maps that were changed.
 
     Raises:
         UsageError: the adapter has no linear update even with fixed gates.
@@ -56,4 +56,4 @@ def merge_mean(model: PreTrainedModel, batches: Sequence[Batch], *, uniform: boo
         biased = getattr(module.base, "bias", None) is not None
         add_update(module.base, update.D, update.bias if biased else None)
         module.active = None
-    return len(routed)
+    return list(routed)

@@ -21,30 +21,36 @@ from smore_cli.errors import CheckFailed, UsageError
 from smore_cli.merging.calibration import Calibration, batches_of
 from smore_cli.merging.card import card
 from smore_cli.merging.dense import dequantise, fold, is_constant
+from smore_cli.merging.distillation import distil, lessons_of
 from smore_cli.merging.fitting import Solver
 from smore_cli.merging.mean_merge import merge_mean
 from smore_cli.merging.outcome import MERGE_FILE, Merged, peak_memory
 from smore_cli.merging.precision import precision_gap, require_quantised
 from smore_cli.merging.reference import NO_BENCHMARK, Benchmark, Reference, measure_reference
 from smore_cli.merging.sequential import merge_sequentially
-from smore_cli.merging.work import Work, key_of
+from smore_cli.merging.work import Work, fingerprint, key_of
 from smore_cli.merging.writing import reopen, require_room, write_manifest, write_model
+from smore_cli.methods.lora import LoRAConfig
 from smore_cli.models.quantised import describe_quantization
 from smore_cli.models.runs import open_run
+from smore_cli.nn import attach
+from smore_cli.nn.adapted import dense_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
+    from smore_cli.merging.distillation import Lesson
     from smore_cli.models.runs import Run
 
-__all__ = ["TOLERANCE", "Merged", "Method", "merge", "refusing_existing", "require_close", "solved_layers"]
+__all__ = ["TOLERANCE", "Merged", "Method", "merge", "refusing_existing", "require_close", "seal", "solved_layers"]
 
 Method = Literal["exact", "least-squares", "mean", "uniform"]
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-2}
 """Largest mean KL in nats of an exact merge, by type of the weights: rounding alone gave 1e-11 in float32 and 2e-3 in
 bfloat16 (SmolLM2-135M, rank 16 on all linear maps, updates a sixtieth of the weights' size)."""
+DISTILLED_RANK = 16
 _UNFITTED: dict[str, Any] = {"ridge": Calibration.ridge, "prior": Calibration.prior}
 
 
@@ -105,8 +111,10 @@ def merge(
     elif run.quantization is not None:
         dequantise(model)
     written = model.dtype if dtype is None else getattr(torch, dtype)
-    require_room(out, model, written, work=chosen == "least-squares")
-    settings = (calibration, chosen, base_weights, str(run.model), str(run.quantization), _hash_of(reference))
+    numbers = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    solved = sum(p.nbytes for p in model.parameters()) if chosen == "least-squares" else 0
+    require_room(out, numbers * written.itemsize + solved)
+    settings = (calibration, chosen, base_weights, fingerprint(model), str(run.quantization), _hash_of(reference))
     with writing(out), solved_layers(out, key_of(run.folder, *map(str, settings))) as work:
         linears = _merge(model, chosen, reference, calibration, work, say)
         place = model.device
@@ -134,10 +142,7 @@ def merge(
                 peak_memory_bytes=peak_memory(),
             )
             del again
-            require_close(merged, tolerance)
-            write_text(folder / MERGE_FILE, json.dumps(merged.document(), indent=1, sort_keys=True) + "\n")
-            write_text(folder / "README.md", card(merged))
-            write_manifest(folder)
+            seal(folder, merged, tolerance)
     return merged
 
 
@@ -175,15 +180,29 @@ def _merge(
     """Merges in place; returns how many linear maps were changed."""
     if method == "exact":
         return fold(model)
-    batches = batches_of(reference.texts.calibration.rows, reference.pad_token_id)
+    rows = reference.texts.calibration.rows
+    batches = batches_of(rows, reference.pad_token_id)
     say(f"fitted to {reference.texts.calibration.tokens:,} tokens of {reference.texts.calibration.origin}")
+    lessons = lessons_of(model, rows, reference.pad_token_id) if calibration.distill else []
     if method == "least-squares":
         solver = Solver(calibration.ridge, calibration.prior)
-        linears = len(merge_sequentially(model, batches, solver, work, say))
+        paths = list(merge_sequentially(model, batches, solver, work, say))
     else:
-        linears = merge_mean(model, batches, uniform=method == "uniform")
+        paths = merge_mean(model, batches, uniform=method == "uniform")
     fold(model)  # what was trained whole
-    return linears
+    if lessons:
+        _distil(model, paths, lessons, calibration.distill, say)
+    return len(paths)
+
+
+def _distil(
+    model: PreTrainedModel, paths: Sequence[str], lessons: Sequence[Lesson], steps: int, say: Callable[[str], None]
+) -> None:
+    """Teaches a merged model what the routed one says, by a LoRA beside the maps at `paths` that is folded in."""
+    rank = min(DISTILLED_RANK, *(min(dense_weight(model.get_submodule(path)).shape) for path in paths))
+    attach(model, LoRAConfig(target_modules=list(paths), rank=rank, alpha=float(rank)))
+    distil(model, lessons, steps, say)
+    fold(model)
 
 
 def _hash_of(reference: Reference) -> str:
@@ -206,6 +225,14 @@ def require_close(merged: Merged, tolerance: float | None) -> None:
     if not found <= tolerance:  # also when it is not a number
         problem = f"the merged model differs from the adapter: mean KL {found:.2e} nats, {tolerance:g} allowed"
         raise CheckFailed(problem, "nothing was kept; give a larger --tolerance if that is good enough")
+
+
+def seal(folder: Path, merged: Merged, tolerance: float | None) -> None:
+    """Refuses what is beyond the tolerance, and writes verdict, card and manifest beside the rest."""
+    require_close(merged, tolerance)
+    write_text(folder / MERGE_FILE, json.dumps(merged.document(), indent=1, sort_keys=True) + "\n")
+    write_text(folder / "README.md", card(merged))
+    write_manifest(folder)
 
 
 @contextmanager

@@ -69,7 +69,11 @@ class Merged:
         rank = "" if self.rank is None else f" of rank {self.rank}"
         if self.calibration is None:
             return f"{self.method}{rank}"
-        return f"{self.method}{rank} on {self.calibration['tokens']:,} tokens of {self.calibration['source']}"
+        steps = self.calibration["distill"]
+        distilled = f" and {steps} steps of distillation" if steps else ""
+        return (
+            f"{self.method}{rank}{distilled} on {self.calibration['tokens']:,} tokens of {self.calibration['source']}"
+        )
 
     def document(self) -> dict[str, Any]:
         """Returns everything as JSON values."""

@@ -78,7 +78,8 @@ class Reference:
     def describe_calibration(self, options: Calibration) -> dict[str, Any]:
         """Returns what the merge was fitted to and how, as JSON values."""
         corpus = self.texts.calibration
-        return {"source": corpus.origin, "tokens": corpus.tokens, "ridge": options.ridge, "prior": options.prior}
+        settings = {name: getattr(options, name) for name in ("ridge", "prior", "distill")}
+        return {"source": corpus.origin, "tokens": corpus.tokens, **settings}
 
 
 def measure_reference(

@@ -135,6 +135,8 @@ def squared_error(moments: Moments, name: str, D: Tensor, bias: Tensor | None = 
 def best_of_rank(D: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Returns B (d_out, r) and A (r, d_in), float64, with B A the best rank-r stand-in for D in a metric.
 
+    Both have the same norm, which is what training them further needs.
+
     Args:
         D: (d_out, d_in).
         metric: (d_in, d_in) positive definite: |D x|^2 on average is tr(D metric D^T).
@@ -147,7 +149,9 @@ def best_of_rank(D: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         factor = vectors * values.clamp_min(0).sqrt()
     seen = D @ factor  # (d_out, d_in), D C^(1/2) up to a rotation of its input
     left = torch.linalg.svd(seen, full_matrices=False).U[:, :rank] if min(D.shape) <= 512 else _leading(seen, rank)
-    return left, left.t() @ D
+    right = left.t() @ D
+    balance = (right.norm() / left.norm()).sqrt() if right.any() else 1.0
+    return left * balance, right / balance
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from smore_cli.data.batch import Batch
     from smore_cli.merging.work import Work
 
-__all__ = ["maps_of", "merge_layer", "merge_sequentially", "routed_modules"]
+__all__ = ["linear_maps", "maps_of", "merge_layer", "merge_sequentially", "routed_modules"]
 
 
 @torch.no_grad()
@@ -63,10 +63,11 @@ def merge_sequentially(
     for number in range(len(layers.modules)):
         done = None if work is None else work.read(number)
         found = merge_layer(layers, number, adapted, (routed, merged), solver, done)
-        results |= found
         if work is not None and done is None and found:
             maps = maps_of(layers, number, adapted)
             work.write(number, {path: kept_tensors(maps[path], result) for path, result in found.items()})
+            found = {path: restore(maps[path], tensors) for path, tensors in (work.read(number) or {}).items()}
+        results |= found
         if number + 1 < len(layers.modules):
             for stream in merged:
                 stream.hidden = stream.run(layers, number)
@@ -123,7 +124,7 @@ def routed_modules(model: nn.Module) -> dict[str, AdaptedModule]:
 def maps_of(layers: Layers, number: int, adapted: dict[str, AdaptedModule]) -> dict[str, nn.Module]:
     """Returns the linear maps that a static update of a layer changes, by path."""
     here = _within(layers, number, adapted)
-    return {path: base for at, module in here.items() for path, base in _linear_maps(at, module.base)}
+    return {path: base for at, module in here.items() for path, base in linear_maps(at, module.base)}
 
 
 def _within(layers: Layers, number: int, adapted: dict[str, AdaptedModule]) -> dict[str, AdaptedModule]:
@@ -169,7 +170,7 @@ def _priors(adapted: dict[str, AdaptedModule], gates: MeanGates) -> dict[str, Te
     return {path: mean_update(m.adapter(cast("str", m.active)), gates).D for path, m in linear.items()}
 
 
-def _linear_maps(path: str, base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_maps(path: str, base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields the linear maps of an adapted module by path: itself, or those within."""
     if is_linear(base):
         yield path, base

@@ -1,6 +1,6 @@
 """Layers that a merge has solved, kept beside its output until that is there, so that a killed merge goes on.
 
-    .OUT.work-KEY/layer-N.safetensors        KEY: a hash of the adapter, its backbone, the text and the settings
+    .OUT.work-KEY/layer-N.safetensors        KEY: a hash of adapter, backbone, text and settings
 
 A file is there whole or not at all. What another merge into the same OUT left behind is removed.
 """
@@ -21,11 +21,13 @@ from smore_cli.atomic import write_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-__all__ = ["Work", "key_of"]
+__all__ = ["Work", "fingerprint", "key_of"]
 
 _BETWEEN = "|"
+SAMPLED = 64
+"""Numbers of a tensor that a fingerprint has, about."""
 
 
 def key_of(adapter: Path, *parts: Any) -> str:
@@ -35,6 +37,16 @@ def key_of(adapter: Path, *parts: Any) -> str:
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Returns a hash of some numbers of every tensor: another backbone of the same name has another one."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.reshape(-1)
+        some = flat[:: max(1, len(flat) // SAMPLED)]
+        digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from smore_cli.models.tokenizer_files import save_tokenizer
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["MANIFEST", "reopen", "require_room", "write_manifest", "write_model"]
@@ -28,24 +27,22 @@ TEXT = 64 << 20
 """Bytes set aside for tokenizer, card and file system."""
 
 
-def require_room(out: Path, model: nn.Module, dtype: torch.dtype, *, work: bool) -> None:
-    """Refuses a merge whose output does not fit on the disk.
+def require_room(folder: Path, needed: int) -> None:
+    """Refuses what would not fit on the disk.
 
     Args:
-        out: where it goes.
-        model: whose tensors are written, each once however many modules share it.
-        dtype: that they are written in.
-        work: whether solved layers lie beside it until it is done.
+        folder: that will be made.
+        needed: bytes of what will be there, at its most; some for texts and the file system are added.
 
     Raises:
         UsageError: with what it needs and what there is.
     """
-    numbers = sum(p.numel() for p in model.parameters() if p.is_floating_point())
-    needed = numbers * dtype.itemsize + (sum(p.nbytes for p in model.parameters()) if work else 0) + TEXT
-    free = shutil.disk_usage(nearest_folder(out)).free
-    if needed > free:
-        sizes = f"it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
-        raise UsageError(f"the merge would not fit on the disk of {out}: {sizes}", "make room, or name another disk")
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    if needed + TEXT > free:
+        sizes = f"it needs {(needed + TEXT) / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        raise UsageError(
+            f"this would not fit on the disk of {folder.parent}: {sizes}", "make room, or name another disk"
+        )
 
 
 def write_model(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from smore_cli.data.batch import Batch
 
-__all__ = ["target_logits", "target_logprobs", "target_scores"]
+__all__ = ["target_logits", "target_logprobs", "target_scores", "target_states"]
 
 
 def target_logits(model: nn.Module, batch: Batch, **model_kwargs: Any) -> Tensor:
@@ -72,6 +72,18 @@ def target_scores(model: nn.Module, batch: Batch, *, best: bool = False) -> Scor
     # What shards a model waits for a gradient of the head's output: of no rows here, so that it adds zero.
     logprobs, hits = found[0]
     return Scores(logprobs + nothing.to(logprobs), hits)
+
+
+def target_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the states (n, d) in front of the output embedding at `batch.sources`; differentiable, no logits made."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found.append(_rows_at(inputs[0], batch.sources))
+        return (found[0][None, :0],)
+
+    _run(model, batch, keep, {})
+    return found[0]
 
 
 def _run(model: nn.Module, batch: Batch, at_head: Callable[..., Any], model_kwargs: dict[str, Any]) -> Any:

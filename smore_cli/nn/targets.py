@@ -33,6 +33,7 @@ __all__ = [
     "output_head",
     "sites_of",
     "walk",
+    "widths",
 ]
 
 _LAYER = re.compile(r"^(.*?\.)(\d+)(?:\.|$)")
@@ -66,14 +67,14 @@ def sites_of(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, Site]
         if match := _LAYER.match(path):
             layer, num_layers = int(match[2]), len(list(model.get_submodule(match[1].rstrip(".")).children()))
         if is_linear(base):
-            sites[path] = Site(path, *_widths(base), layer=layer, num_layers=num_layers, base=base)
+            sites[path] = Site(path, *widths(base), layer=layer, num_layers=num_layers, base=base)
             continue
-        d, hidden = _widths(cast("nn.Module", base.gate_proj))
+        d, hidden = widths(cast("nn.Module", base.gate_proj))
         sites[path] = Site(path, d, d, "gated_mlp", hidden=hidden, layer=layer, num_layers=num_layers, base=base)
     return sites
 
 
-def _widths(linear: nn.Module) -> tuple[int, int]:
+def widths(linear: nn.Module) -> tuple[int, int]:
     """Returns the width of a linear map's input and output."""
     linear = bare(linear)
     if isinstance(linear, nn.Linear):  # a 4-bit weight is stored packed, so its shape tells nothing

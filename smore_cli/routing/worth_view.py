@@ -26,9 +26,10 @@ CAUSAL_LEGEND = (
 
 def causal_line(causal: CausalImportance) -> str:
     """Returns what the changes are changes of."""
+    where = "in all chosen routers of a layer at once" if len(causal.modules) > 1 else f"in {causal.modules[0]}"
     return (
-        f"What an expert is worth: change of the loss, {causal.loss:.4f} nats a token over {causal.supervised:,} "
-        f"supervised tokens, with its gate at 0, or with all gate weight on it, in all of a layer's {_routers(causal)}"
+        f"What an expert is worth: by how much its gate at 0 (ablated), or all gate weight on it (forced), {where}, "
+        f"changes the loss of {causal.loss:.4f} nats a token (over {causal.supervised:,} supervised tokens)"
     )
 
 
@@ -90,11 +91,6 @@ def dividend_table(dividend: Dividend) -> Table:
     for layer in dividend.layers:
         table.add_row(str(layer.layer), f"{layer.static:.4f}", f"{layer.value:+.4f}", f"{layer.stderr:.4f}")
     return table
-
-
-def _routers(causal: CausalImportance) -> str:
-    count = len(causal.modules)
-    return "routers at once" if count > 1 else "one router that is looked at"
 
 
 def _both(effects: Sequence[Effect]) -> tuple[list[Change], list[Change]]:

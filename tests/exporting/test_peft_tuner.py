@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from datasets import Dataset
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 import smore_cli.peft  # noqa: F401
 from smore_cli.errors import AdapterError, UsageError
@@ -103,3 +107,47 @@ def test_an_adapter_from_before_the_peft_type_still_loads(tiny_llama: Path, tmp_
         assert values.pop("peft_type") == "SMORE_CLI"
         path.write_text(json.dumps(values))
         assert torch.equal(open_run(run).load(CPU)[0](input_ids=IDS).logits, expected)
+
+
+def test_lm_eval_scores_a_routed_adapter_that_it_loads_through_peft(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, ADAPTERS["smore"], size=0.3)
+    lm = HFLM(pretrained=str(tiny_llama), peft=str(run), device="cpu", batch_size=1)
+    request = Instance("loglikelihood", {}, ("Question: what is ice?\nAnswer:", " frozen water"), 0)
+    ((found, _),) = lm.loglikelihood([request], disable_tqdm=True)
+    ours, tokenizer = open_run(run).load(CPU)
+    prompt, whole = (tokenizer(text).input_ids for text in (request.args[0], "".join(request.args)))
+    with torch.no_grad():
+        logprobs = ours(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+        plain = (
+            AutoModelForCausalLM.from_pretrained(tiny_llama)(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+        )
+    places, tokens = range(len(prompt) - 1, len(whole) - 1), whole[len(prompt) :]
+    assert found == pytest.approx(float(logprobs[places, tokens].sum()), abs=1e-4)
+    assert abs(found - float(plain[places, tokens].sum())) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # TRL's own default
+def test_trl_trains_a_routed_adapter_that_peft_loaded(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, ADAPTERS["smore"], size=0.3)
+    model = _peft(tiny_llama, run, is_trainable=True)
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    rows = Dataset.from_list([{"text": f"ice number {number} is frozen water"} for number in range(8)])
+    settings = SFTConfig(
+        str(tmp_path / "trl"),
+        max_steps=2,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = SFTTrainer(
+        model, settings, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(tiny_llama)
+    )
+    trainer.train()
+    changed = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert changed and all(".adapters.default." in name for name in changed)
+    trainer.save_model(str(tmp_path / "saved"))
+    again, _ = open_run(tmp_path / "saved").load(CPU)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
