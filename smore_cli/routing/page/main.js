@@ -1,5 +1,6 @@
 expertSection();
 routerSection();
+treeSection();
 traceSection();
 causalSection();
 dividendSection();
