@@ -66,6 +66,9 @@ def inspect_routing_command(
         Path | None,
         typer.Option("--html", metavar="FILE", help="Also one self-contained page, for a browser."),
     ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Also a picture: layers by experts.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show which experts the tokens of some data use: per layer, projection and tree level."""
@@ -96,6 +99,10 @@ def inspect_routing_command(
         from smore_cli.routing.html import render_page
 
         _write(html, render_page(document).encode())
+    if png is not None:
+        from smore_cli.routing.png import draw_png
+
+        _write(png, draw_png(profile))
     if as_json:
         typer.echo(json.dumps(document, indent=1, allow_nan=False))
     else:

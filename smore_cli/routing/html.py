@@ -14,7 +14,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,8 +40,8 @@ def render_page(document: dict[str, Any]) -> str:
     )
     return environment.get_template("page.html.jinja").render(
         document=document,
-        style=Markup(_part("page.css")),
-        script=Markup("\n".join(_part(name) for name in _SCRIPTS)),
+        style=_part("page.css"),
+        script="\n".join(_part(name) for name in _SCRIPTS),
         data=_inside_a_script(_compact(document)),
     )
 
@@ -51,10 +50,10 @@ def _part(name: str) -> str:
     return (files("smore_cli.routing") / "page" / name).read_text("utf-8")
 
 
-def _inside_a_script(value: Any) -> Markup:
+def _inside_a_script(value: Any) -> str:
     """Returns a value as JSON that no text in it can end: `<` begins both `</script>` and `<!--`."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026"))
+    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
 def _compact(document: dict[str, Any]) -> dict[str, Any]:

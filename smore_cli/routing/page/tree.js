@@ -34,6 +34,7 @@ function place(node, next) {
   const children = [...node.children.values()].sort((a, b) => a.path.at(-1) - b.path.at(-1));
   node.below = children;
   children.forEach((child) => place(child, next));
+  if (children.length) next.row += 0.4;
   node.x = TREE.left + TREE.column * node.path.length;
   node.y = children.length ? sum(children.map((child) => child.y)) / children.length : TREE.row * (next.row++ + 0.8);
   return node;
@@ -47,7 +48,9 @@ function branches(node, thickest, experts) {
     const tip = `${pathName(child.path)}\n${percent(child.share)} of the paths`;
     const line = svg("path", { ...colour, d: `M${node.x},${node.y} C${middle},${node.y} ${middle},${child.y} ${child.x},${child.y}`, "stroke-width": Math.max(0.6, (TREE.thickest * child.share) / thickest), "data-tip": tip });
     const dot = svg("circle", { ...colour, cx: child.x, cy: child.y, r: 3.5, "data-tip": tip });
-    const label = svg("text", { x: child.x + 8, y: child.y + 4 }, child.below.length ? String(expert) : `${expert}   ${percent(child.share)}`);
+    const label = child.below.length
+      ? svg("text", { x: child.x, y: child.y - 9, "text-anchor": "middle" }, String(expert))
+      : svg("text", { x: child.x + 9, y: child.y + 4 }, `${expert} · ${percent(child.share)}`);
     return [line, ...branches(child, thickest, experts), dot, label];
   });
 }
