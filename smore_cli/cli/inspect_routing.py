@@ -59,6 +59,16 @@ def inspect_routing_command(
             "--dividend", help="Also what routing earned over the best static update; by layer where --layers is given."
         ),
     ] = False,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Also which experts each token of this text takes.")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Also one self-contained page, for a browser."),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Also a picture: layers by experts.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show which experts the tokens of some data use: per layer, projection and tree level."""
@@ -80,11 +90,21 @@ def inspect_routing_command(
         Choice(level, wanted_layers, detail),
         batch_size=batch_size,
         worth=WorthRequest(causal, dividend, frozenset(wanted_layers or ())),
+        prompt=prompt,
         say=_say,
         progress=_progress,
     )
+    document = profile.document()
+    if html is not None:
+        from smore_cli.routing.html import render_page
+
+        _write(html, render_page(document).encode())
+    if png is not None:
+        from smore_cli.routing.png import draw_png
+
+        _write(png, draw_png(profile))
     if as_json:
-        typer.echo(json.dumps(profile.document(), indent=1, allow_nan=False))
+        typer.echo(json.dumps(document, indent=1, allow_nan=False))
     else:
         _print(profile, in_full=detail is not None)
 
@@ -119,6 +139,7 @@ def _print(profile: RoutingProfile, *, in_full: bool) -> None:
         for text in view.dead_lines(profile.routers):
             line(text, "red")
     _print_worth(profile, in_full=in_full)
+    _print_trace(profile, in_full=in_full)
 
 
 def _print_worth(profile: RoutingProfile, *, in_full: bool) -> None:
@@ -142,6 +163,35 @@ def _print_worth(profile: RoutingProfile, *, in_full: bool) -> None:
             line(text)
         if dividend.layers:
             out.print(view.dividend_table(dividend))
+
+
+def _print_trace(profile: RoutingProfile, *, in_full: bool) -> None:
+    """Prints what the routers do with each token of the text that was given."""
+    from smore_cli.cli.console import out
+    from smore_cli.routing import trace_view as view
+    from smore_cli.routing.view import level_name
+
+    if (trace := profile.trace) is None:
+        return
+    out.print(f"\n{view.trace_line(trace)}", style="bold", markup=False)
+    levels = sorted({router.level for router in trace.routers}, reverse=True)
+    for level in levels:
+        out.print(f"level {level_name(level, levels)}", markup=False)
+        members = [router for router in trace.routers if router.level == level]
+        tables = [view.trace_detail(trace, members[0])] if in_full else view.trace_tables(trace, members, out.width)
+        for table in tables:
+            out.print(table)
+    if not in_full:
+        out.print(view.TRACE_LEGEND, style="dim", markup=False)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, and says so."""
+    from smore_cli.atomic import write_bytes, writing
+
+    with writing(file):
+        write_bytes(file, content)
+    _say(f"wrote {file} ({len(content) / 1e3:,.0f} kB)")
 
 
 def _say(line: str) -> None:

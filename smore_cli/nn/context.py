@@ -100,12 +100,15 @@ class RoutingTrace:
         level: tree level, 0 = leaves.
         probabilities: (N, F, s) the router's distribution over all experts, for each of the F parent nodes.
         gates: (N, F, s) the weights applied, 0 where an expert was not picked.
+        chosen: (N, F, f) int64 in a tree, which expert each child is; in this order they are the parents of the level
+            below. None: there is no tree.
     """
 
     owner: nn.Module
     level: int
     probabilities: Tensor
     gates: Tensor
+    chosen: Tensor | None = None
 
 
 @dataclass

@@ -121,7 +121,13 @@ class Router(nn.Module):
 
 
 def report(
-    routing: Routing, owner: nn.Module, losses: Sequence[RouterLoss] = (), level: int = 0, *, pooled: bool = False
+    routing: Routing,
+    owner: nn.Module,
+    losses: Sequence[RouterLoss] = (),
+    level: int = 0,
+    *,
+    pooled: bool = False,
+    chosen: Tensor | None = None,
 ) -> None:
     """Tells the current context, if there is one, what its losses, its load statistics and its observer want to know.
 
@@ -131,13 +137,15 @@ def report(
         losses: the auxiliary losses of the router.
         level: tree level, 0 where there is no tree.
         pooled: whether all G rows of a token choose among the same s experts, as the parents on a tree's level do.
+        chosen: (N, G, f) in a tree, which expert each child is.
     """
     context = current_context()
     if context is None:
         return
     if context.observe is not None:
         with torch.no_grad():  # saved tensors would differ from those of a checkpoint's recomputation
-            context.observe(RoutingTrace(owner, level, routing.probabilities.detach(), routing.gates.detach()))
+            seen = routing.probabilities.detach(), routing.gates.detach()
+            context.observe(RoutingTrace(owner, level, *seen, chosen))
     if not context.aux:
         return
     with torch.autocast(routing.gates.device.type, enabled=False):  # a half-precision sum cannot count to 2049

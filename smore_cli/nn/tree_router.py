@@ -259,7 +259,8 @@ class TreeRouter(nn.Module):
         with torch.set_grad_enabled(context.aux and torch.is_grad_enabled()):
             for level in reversed(range(len(picks))):
                 routing = picks[level].routing(owner, dense=self.gate == "dense")
-                report(routing, owner, losses, level=level, pooled=True)
+                chosen = None if context.observe is None else picks[level].ids
+                report(routing, owner, losses, level=level, pooled=True, chosen=chosen)
 
     def reached_by_loss(self) -> frozenset[str]:
         """Names of the parameters that the balance loss moves; it is constant where all experts are picked."""

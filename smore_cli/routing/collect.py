@@ -17,6 +17,7 @@ from smore_cli.data.batch import collate
 from smore_cli.errors import SmoreError
 from smore_cli.models.forward import target_logits
 from smore_cli.nn import AdapterContext, adapted_modules
+from smore_cli.routing.paths import PathCounter
 from smore_cli.routing.statistics import RouterStatistics
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class RoutingCollector:
             if module.active is not None
         }
         self._sums: dict[tuple[str, int], _Sums] = {}
+        self._paths_taken = PathCounter()
 
     def watch(self, token_mask: Tensor, prompt_mask: Tensor | None = None) -> AdapterContext:
         """Returns the context for one forward pass.
@@ -86,7 +88,7 @@ class RoutingCollector:
         """
         place = {path: index for index, path in enumerate(self._paths.values())}
         keys = sorted(self._sums, key=lambda key: (place[key[0]], -key[1]))
-        return [_statistics(*key, self._sums[key]) for key in keys]
+        return [replace(_statistics(*key, self._sums[key]), paths=self._paths_taken.shares(*key)) for key in keys]
 
     @torch.no_grad()
     def _add(self, mask: Tensor, tokens: int, trace: RoutingTrace) -> None:
@@ -101,6 +103,7 @@ class RoutingCollector:
         picked = taken.sum(-1).amax()
         decisions = tokens * gates.shape[1]
         key = (self._paths[trace.owner], trace.level)
+        self._paths_taken.add(key[0], trace, real[:, 0, 0])
         if (seen := self._sums.get(key)) is None:
             self._sums[key] = _Sums(decisions, per_expert, entropy, picked)
             return

@@ -16,6 +16,7 @@ from smore_cli.routing.collect import collect_routing
 from smore_cli.routing.inputs import choose_inputs, given_source
 from smore_cli.routing.layout import choose_level, choose_modules, places
 from smore_cli.routing.statistics import DEAD_BELOW, summarise
+from smore_cli.routing.trace import trace_text
 from smore_cli.routing.worth import NOTHING, measure_worth
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from smore_cli.routing.inputs import Inputs
     from smore_cli.routing.statistics import RouterStatistics
+    from smore_cli.routing.trace import TextTrace
     from smore_cli.routing.worth import Progress, Worth, WorthRequest
 
 __all__ = ["Choice", "DataRequest", "RoutingProfile", "inspect_run"]
@@ -60,6 +62,7 @@ class RoutingProfile:
         routers: in the model's order, the root of each first.
         seconds: wall-clock time of each part.
         worth: what experts and routing are worth, where that was asked for.
+        trace: what the routers do with each token of a text, where one was given.
     """
 
     run: Path
@@ -69,6 +72,7 @@ class RoutingProfile:
     routers: list[RouterStatistics]
     seconds: dict[str, float]
     worth: Worth = NOTHING
+    trace: TextTrace | None = None
 
     def document(self) -> dict[str, Any]:
         """Returns everything as JSON values."""
@@ -82,6 +86,7 @@ class RoutingProfile:
             "levels": [level.document() for level in summarise(self.routers)],
             "routers": [{**vars(found[router.module]), **router.document()} for router in self.routers],
             **self.worth.document(),
+            **({} if self.trace is None else {"trace": self.trace.document()}),
             "seconds": {part: round(seconds, 3) for part, seconds in self.seconds.items()},
             "versions": {"smore": __version__},
         }
@@ -94,6 +99,7 @@ def inspect_run(
     *,
     batch_size: int | None,
     worth: WorthRequest,
+    prompt: str | None,
     say: Callable[[str], None],
     progress: Progress,
 ) -> RoutingProfile:
@@ -105,6 +111,7 @@ def inspect_run(
         choice: which routers.
         batch_size: rows a forward pass; None: 8 on a CPU, else 32. The result does not depend on it.
         worth: what else is to be measured.
+        prompt: a text that is to be traced token by token.
         say: takes a line on how long that will take.
         progress: a context for a piece of work, named, that yields what to call with the steps done and their total.
 
@@ -137,6 +144,9 @@ def inspect_run(
             batch_size=batch_size or (8 if device.type == "cpu" else 32),
             on_progress=on_progress,
         )
+    trace = None
+    if prompt is not None:
+        trace = trace_text(model, tokenizer, prompt, opened.recipe, modules=wanted, level=choice.level)
     ended = time.perf_counter()
     seconds = {"data": data_done - started, "model": model_done - data_done, "forward": ended - model_done}
     measured = measure_worth(
@@ -145,4 +155,4 @@ def inspect_run(
     if measured != NOTHING:
         seconds["worth"] = time.perf_counter() - ended
     chosen = choose_level([router for router in routers if router.module in wanted], choice.level)
-    return RoutingProfile(opened.folder, opened.model.name_or_path, method, inputs, chosen, seconds, measured)
+    return RoutingProfile(opened.folder, opened.model.name_or_path, method, inputs, chosen, seconds, measured, trace)

@@ -31,6 +31,8 @@ class RouterStatistics:
         load: of each expert, the share of decisions that took it; sums to `picked`.
         share: of each expert, its mean gate weight over all decisions, 0 counted where it was not taken.
         entropy: of the router's distribution over all experts, mean over decisions, as a share of log(experts).
+        paths: of the leaves of a tree, how often each path from the root to a leaf is taken: the share of all paths
+            taken, summing to 1, the most frequent first; None: no tree, or another level of it.
     """
 
     module: str
@@ -40,6 +42,7 @@ class RouterStatistics:
     load: list[float]
     share: list[float]
     entropy: float
+    paths: dict[tuple[int, ...], float] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -87,6 +90,7 @@ class RouterStatistics:
             "effective_experts": self.effective_experts,
             "balance": self.balance,
             "dead": self.dead,
+            **({} if self.paths is None else {"paths": [{"path": p, "share": s} for p, s in self.paths.items()]}),
         }
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "heat_tables",
     "level_name",
     "summary_table",
+    "that_fit",
 ]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -62,7 +63,7 @@ def heat_tables(routers: Sequence[RouterStatistics], width: int) -> Iterator[Tab
     cells = {(found[router.module].layer, found[router.module].projection): router for router in routers}
     layers = sorted({layer for layer, _ in cells}, key=lambda layer: (layer is None, layer or 0))
     widths = {name: 2 + max(len(name), router.num_experts) for (_, name), router in cells.items()}
-    for names in _that_fit(widths, width - len("layer  effective  ")):
+    for names in that_fit(widths, width - len("layer  effective  ")):
         table = grid()
         for title in ("layer", "effective"):
             table.add_column(title, justify="right")
@@ -151,7 +152,7 @@ def _colour(balance: float) -> str:
     return next((colour for least, colour in HEAT if balance >= least), HEAT[-1][1])
 
 
-def _that_fit(widths: dict[str, int], room: int) -> Iterator[list[str]]:
+def that_fit(widths: dict[str, int], room: int) -> Iterator[list[str]]:
     """Yields the names in groups whose widths add up to at most `room`, or that are a single name."""
     names: list[str] = []
     for name, width in widths.items():

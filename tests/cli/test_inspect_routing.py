@@ -263,3 +263,23 @@ def test_worth_is_shown_by_layer_or_expert_by_expert_and_what_it_costs_is_said_b
     lines = capsys.readouterr().out.splitlines()
     [table] = [i for i, line in enumerate(lines) if line.split() == ["expert", "ablated", "±", "forced", "±"]]
     assert [line.split()[0] for line in lines[table + 1 : table + 4]] == ["0", "1", "2"]
+
+
+def test_a_text_is_traced_on_the_terminal_in_the_document_and_in_a_page_and_a_picture_is_drawn(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "pages" / "routing.html"
+    picture = tmp_path / "routing.png"
+    files = ("--html", page, "--png", picture)
+    found = document(capsys, run_folder, "--prompt", "Ice melts", *files, "--level", 1, "--layers", 1)
+    trace = found["trace"]
+    assert "".join(trace["tokens"]).endswith("Ice melts") and trace["style"] == "as it stands, without a template"
+    assert [(r["layer"], r["level"]) for r in trace["routers"]] == [(1, 1)] * 7
+    for token in trace["routers"][0]["picks"]:
+        assert len(token) == 1 and len(token[0]) == 2  # one parent, a fanout of two
+        assert sum(weight for _, weight in token[0]) == pytest.approx(1, abs=1e-6)
+    assert '"tokens":["' in page.read_text("utf-8")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert smore("inspect-routing", run_folder, "--prompt", "Ice melts", "--detail", "1.q") == 0
+    shown = capsys.readouterr().out
+    assert f"trace of {len(trace['tokens'])} tokens, as it stands" in shown and "parent 1" in shown

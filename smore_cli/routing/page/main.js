@@ -1,0 +1,9 @@
+expertSection();
+routerSection();
+treeSection();
+traceSection();
+causalSection();
+dividendSection();
+setUpContents();
+setUpTheme();
+setUpTip();
