@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,9 +23,11 @@ def inspect_routing_command(
         typer.Argument(metavar="RUN", help="A run's folder, or an adapter's; default: the newest run under runs/."),
     ] = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--data", metavar="FILE_OR_NAME", help="Look at this; default: the run's held-out or training rows."
+            "--data",
+            metavar="FILE_OR_NAME",
+            help="Look at this; may be repeated; default: the run's held-out or training rows.",
         ),
     ] = None,
     format_name: Annotated[
@@ -35,6 +37,10 @@ def inspect_routing_command(
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=1, help="At most N rows, evenly spaced over the data.")
     ] = 128,
+    tokens: Annotated[
+        Literal["all", "supervised"],
+        typer.Option("--tokens", help="Count every token, or the places that predict one that is learned or scored."),
+    ] = "all",
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", metavar="N", min=1, help="Rows a forward pass; changes only the speed."),
@@ -59,6 +65,15 @@ def inspect_routing_command(
             "--dividend", help="Also what routing earned over the best static update; by layer where --layers is given."
         ),
     ] = False,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="Also how alike the experts' update matrices are.")
+    ] = False,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Also the same rows through the run's checkpoints, the earliest first.")
+    ] = False,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", metavar="RUN2", help="Also the same rows through this run.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Also which experts each token of this text takes.")
     ] = None,
@@ -69,28 +84,32 @@ def inspect_routing_command(
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE", help="Also a picture: layers by experts.")
     ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option("--parquet", metavar="FILE", help="Also a table: a line an expert of each router.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show which experts the tokens of some data use: per layer, projection and tree level."""
     from smore_cli.errors import UsageError
     from smore_cli.routing.layout import parse_layers
 
-    if data is None and (format_name or split):
+    if not data and (format_name or split):
         raise UsageError("--format and --split are about --data, which is not given", "name a file with --data")
     if detail is not None and layers is not None:
         raise UsageError("--detail names one linear map, --layers several", "give one of the two")
     wanted_layers = parse_layers(layers) if layers is not None else None
 
-    from smore_cli.routing.session import Choice, DataRequest, inspect_run
+    from smore_cli.routing.session import Choice, DataRequest, Extra, inspect_run
     from smore_cli.routing.worth import WorthRequest
 
     profile = inspect_run(
         run,
-        DataRequest(data, format_name, split, limit),
+        DataRequest(tuple(data or ()), format_name, split, limit, tokens == "supervised"),
         Choice(level, wanted_layers, detail),
         batch_size=batch_size,
         worth=WorthRequest(causal, dividend, frozenset(wanted_layers or ())),
         prompt=prompt,
+        extra=Extra(similarity or detail is not None, drift, compare),
         say=_say,
         progress=_progress,
     )
@@ -103,6 +122,10 @@ def inspect_routing_command(
         from smore_cli.routing.png import draw_png
 
         _write(png, draw_png(profile))
+    if parquet is not None:
+        from smore_cli.routing.table import parquet_bytes
+
+        _write(parquet, parquet_bytes(document))
     if as_json:
         typer.echo(json.dumps(document, indent=1, allow_nan=False))
     else:
@@ -112,7 +135,7 @@ def inspect_routing_command(
 def _print(profile: RoutingProfile, *, in_full: bool) -> None:
     """Prints a profile for people, or its one linear map in full."""
     from smore_cli.cli.console import out
-    from smore_cli.routing import view
+    from smore_cli.routing import facts_view, view
     from smore_cli.routing.statistics import levels_of
 
     def line(text: str, style: str = "") -> None:
@@ -138,6 +161,18 @@ def _print(profile: RoutingProfile, *, in_full: bool) -> None:
         out.print(view.summary_table(profile.routers))
         for text in view.dead_lines(profile.routers):
             line(text, "red")
+        line("")
+        out.print(facts_view.information_table(profile))
+    else:
+        for facts in profile.facts.values():
+            for text in facts_view.detail_lines(facts):
+                line(text)
+            for table in facts_view.detail_tables(facts):
+                line("")
+                out.print(table)
+    if profile.beside:
+        line("")
+        out.print(facts_view.beside_table(profile))
     _print_worth(profile, in_full=in_full)
     _print_trace(profile, in_full=in_full)
 

@@ -172,7 +172,7 @@ def _dividend(subject: _Subject, recipe: Recipe, tokens: int) -> dict[str, Any]:
     from smore_cli.routing.dividend import measure_dividend
     from smore_cli.routing.inputs import choose_inputs
 
-    held_out = choose_inputs(None, recipe, subject.tokenizer, None).rows
+    held_out = choose_inputs((), recipe, subject.tokenizer, None).rows
     text = training_text(recipe, subject.tokenizer, tokens, without=held_out)
     pad = int(subject.tokenizer.pad_token_id or 0)
     return measure_dividend(subject.model, text.rows, held_out, pad_token_id=pad).document()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from smore_cli.nn import Adapter
     from smore_cli.nn.context import RoutingTrace
 
-__all__ = ["MeanGates", "Update", "linear_update", "mean_update"]
+__all__ = ["STEP", "MeanGates", "Update", "linear_update", "mean_update", "with_gates"]
 
 STEP = 1e-3
 """Inputs of the probe: small, so that a tree's activation is at its slope in 0; in float64 that costs no digits."""
@@ -77,7 +77,7 @@ def mean_update(adapter: Adapter, gates: MeanGates, *, uniform: bool = False) ->
     Raises:
         UsageError: it stays no linear map even so.
     """
-    return linear_update(_with_gates(adapter, gates.of(adapter, uniform=uniform)))
+    return linear_update(with_gates(adapter, gates.of(adapter, uniform=uniform)))
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def linear_update(adapter: Any) -> Update:
     return Update(D, bias)
 
 
-def _with_gates(adapter: Any, gates: Sequence[Tensor]) -> Any:
+def with_gates(adapter: Any, gates: Sequence[Tensor]) -> Any:
     """Returns a copy in float64 whose router gives every token the gates (F, s) of each level."""
     fixed = copy.deepcopy(adapter)
     if isinstance(fixed.router, Router):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from smore_cli.data.batch import Row
 from smore_cli.data.build import build_rows, split_eval
 from smore_cli.data.bundled import QUICKSTART
 from smore_cli.data.sources import describe_source
@@ -16,11 +19,12 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from smore_cli.data.batch import Row
+    from smore_cli.data.build import RowSet
     from smore_cli.recipe.schema import Recipe
 
 __all__ = ["FORMATS", "Inputs", "Role", "choose_inputs", "given_source", "spread"]
 
+T = TypeVar("T")
 FORMATS: tuple[str, ...] = Source.model_fields["format"].annotation.__args__  # type: ignore[union-attr]
 Role = Literal["given", "held-out", "training"]
 
@@ -34,12 +38,16 @@ class Inputs:
         origins: the sources.
         rows: those that are used.
         available: how many rows there were to use.
+        labels: what each row is of: its source, where there are several, else its group; None: all rows are of one.
+        label_names: of these numbers.
     """
 
     role: Role
     origins: list[str]
     rows: list[Row]
     available: int
+    labels: list[int] | None = None
+    label_names: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -62,6 +70,7 @@ class Inputs:
             "rows": len(self.rows),
             "available_rows": self.available,
             "tokens": self.tokens,
+            "labels": self.label_names,
         }
 
 
@@ -85,14 +94,14 @@ def given_source(path: str, format_name: str | None, split: str | None, recipe: 
 
 
 def choose_inputs(
-    source: Source | None, recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase, limit: int | None
+    given: Sequence[Source], recipe: Recipe | None, tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> Inputs:
     """Reads the rows.
 
     Args:
-        source: what the command line names; None: the run's `data.eval`, else the rows it held out by `eval_fraction`,
+        given: what the command line names; empty: the run's `data.eval`, else the rows it held out by `eval_fraction`,
             else its training rows.
-        recipe: the run's; None: the adapter has none, and `source` must be given.
+        recipe: the run's; None: the adapter has none, and sources must be given.
         tokenizer: the backbone's.
         limit: the most rows to use; they are taken from all over the data, since files are often sorted.
 
@@ -100,23 +109,41 @@ def choose_inputs(
         UsageError: there are no data to use.
         DataError: they cannot be read.
     """
-    role: Role = "given"
-    rows: Sequence[Row]
-    if source is not None:
-        sources = [source]
-        rows = build_rows(_data_config(source, recipe), tokenizer, sources).rows
-    elif recipe is None:
+    if not given and recipe is None:
         raise UsageError("this adapter has no recipe that names its data", "name some with --data FILE --format FORMAT")
-    else:
-        data = recipe.data
-        sources = data.eval or data.train
-        rows = build_rows(data, tokenizer, sources).rows
-        held_out = rows if data.eval else split_eval(rows, data.eval_fraction, recipe.seed)[1]
-        role, rows = ("held-out", held_out) if held_out else ("training", rows)
-    return Inputs(role, [describe_source(s) for s in sources], spread(rows, limit), len(rows))
+    role: Role = "given"
+    sources = given or (recipe.data.eval or recipe.data.train if recipe is not None else ())
+    data = _data_config(sources[0], recipe) if given or recipe is None else recipe.data
+    found = build_rows(data, tokenizer, sources)
+    numbers: Sequence[int] = range(len(found.rows))
+    if not given and recipe is not None:
+        held_out = numbers if data.eval else _held_out(len(found.rows), recipe)
+        role, numbers = ("held-out", held_out) if held_out else ("training", numbers)
+    origins = [describe_source(source) for source in sources]
+    chosen = spread(numbers, limit)
+    rows = [found.rows[number] for number in chosen]
+    labels, names = _labels(found, chosen, origins)
+    return Inputs(role, origins, rows, len(numbers), labels, names)
 
 
-def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
+def _held_out(count: int, recipe: Recipe) -> list[int]:
+    """Returns the numbers of the rows that a run held out of so many."""
+    numbered = [Row([], [[number]], [[True]]) for number in range(count)]
+    return [row.branches[0][0] for row in split_eval(numbered, recipe.data.eval_fraction, recipe.seed)[1]]
+
+
+def _labels(found: RowSet, chosen: Sequence[int], origins: list[str]) -> tuple[list[int] | None, list[str]]:
+    """Returns what each chosen row is of, as a number, and the numbers' names."""
+    if len(origins) > 1:
+        ends = list(accumulate(report.rows for report in found.report.sources))
+        return [bisect_right(ends, number) for number in chosen], origins
+    groups = [found.rows[number].group for number in chosen]
+    if None in groups or len(set(groups)) < 2:
+        return None, []
+    return [int(group or 0) for group in groups], [str(name) for name in found.groups]
+
+
+def spread(rows: Sequence[T], limit: int | None) -> list[T]:
     """Returns at most `limit` rows, evenly spaced over all of them."""
     count = len(rows) if limit is None else min(limit, len(rows))
     return [rows[index * len(rows) // count] for index in range(count)]

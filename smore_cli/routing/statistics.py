@@ -7,7 +7,7 @@ token at its root and two a token at its leaves.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class RouterStatistics:
         entropy: of the router's distribution over all experts, mean over decisions, as a share of log(experts).
         paths: of the leaves of a tree, how often each path from the root to a leaf is taken: the share of all paths
             taken, summing to 1, the most frequent first; None: no tree, or another level of it.
+        taken: share of the decisions that took 0, 1, ..., s experts.
+        together: (s, s) share of the decisions that took both experts; None: all are always taken.
+        token_share: of a router with a prior (T-REX), the part of its gate weight that the token decides.
     """
 
     module: str
@@ -43,6 +46,19 @@ class RouterStatistics:
     share: list[float]
     entropy: float
     paths: dict[tuple[int, ...], float] | None = None
+    taken: list[float] = field(default_factory=list)
+    together: list[list[float]] | None = None
+    token_share: float | None = None
+
+    @property
+    def mean_gate(self) -> list[float]:
+        """Of each expert, its mean gate weight where it was taken; 0 where it never was."""
+        return [share / load if load else 0.0 for load, share in zip(self.load, self.share, strict=True)]
+
+    @property
+    def soft(self) -> float | None:
+        """Share of the decisions that took all experts, of a router that does not always take as many; else None."""
+        return self.taken[-1] if sum(share > 0 for share in self.taken) > 1 else None
 
     @property
     def num_experts(self) -> int:
@@ -86,6 +102,11 @@ class RouterStatistics:
             "decisions": self.decisions,
             "load": self.load,
             "share": self.share,
+            "mean_gate": self.mean_gate,
+            "active_experts": sum(count * share for count, share in enumerate(self.taken)),
+            "soft": self.soft,
+            "together": self.together,
+            **({} if self.token_share is None else {"token_share": self.token_share}),
             "entropy": self.entropy,
             "effective_experts": self.effective_experts,
             "balance": self.balance,

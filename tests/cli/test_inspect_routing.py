@@ -1,18 +1,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smore_cli.cli import main
 from smore_cli.cli.console import out
+from smore_cli.methods.mola import MoLAConfig
+from smore_cli.models.adapter_files import save_adapter
+from smore_cli.models.runs import open_run
+from smore_cli.nn import adapted_modules, attach
+from smore_cli.recipe.schema import ModelConfig, Source
+from smore_cli.routing.inputs import choose_inputs
 
 
 def smore(*args: object) -> int:
@@ -283,3 +295,120 @@ def test_a_text_is_traced_on_the_terminal_in_the_document_and_in_a_page_and_a_pi
     assert smore("inspect-routing", run_folder, "--prompt", "Ice melts", "--detail", "1.q") == 0
     shown = capsys.readouterr().out
     assert f"trace of {len(trace['tokens'])} tokens, as it stands" in shown and "parent 1" in shown
+
+
+@pytest.fixture(scope="session")
+def by_hand(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, Path, Path, Any]:
+    """A run whose first router is set by hand, and two files: expert 1 for the tokens of the first, else expert 0."""
+    folder = tmp_path_factory.mktemp("by-hand")
+    adapter = {"method": "mola", "num_experts": 2, "top_k": 2, "rank": 2, "target_modules": ["q_proj"]}
+    run = train(folder, tiny_llama, adapter)
+    texts = {"digits": "7 7 7 7 7 7", "letters": "x x x x x x x x x x"}
+    for name, text in texts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(8)))
+    config = MoLAConfig(method="mola", **{key: value for key, value in adapter.items() if key != "method"})
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    attach(model, config)
+    ids = {name: set(tokenizer(text).input_ids) for name, text in texts.items()}
+    others = (ids["letters"] | {tokenizer.eos_token_id, tokenizer.bos_token_id}) - {None}
+    first = ids["digits"] - others
+    tokens = torch.tensor([*first, *others])
+    wanted = torch.tensor([40.0] * len(first) + [-40.0] * len(others))
+    with torch.no_grad():
+        x = model.model.layers[0].input_layernorm(model.get_input_embeddings()(tokens))
+        for path, module in adapted_modules(model).items():
+            for parameter in module.adapter("default").parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+            weight = module.adapter("default").router.weight
+            weight.zero_()
+            if path.startswith("model.layers.0."):
+                weight[1] = torch.linalg.lstsq(x, wanted[:, None], driver="gelsd").solution[:, 0]
+    save_adapter(model, config, run, base=ModelConfig(name_or_path=str(tiny_llama)))
+    return run, folder / "digits.jsonl", folder / "letters.jsonl", first
+
+
+def test_a_router_set_by_hand_is_reported_exactly(
+    by_hand: tuple[Path, Path, Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, digits, letters, first = by_hand
+    found = document(capsys, run, "--data", digits, "--data", letters, "--format", "text", "--detail", "0.q")
+    (router,) = found["routers"]
+    assert found["data"]["labels"] == found["data"]["sources"] and len(found["data"]["sources"]) == 2
+    tokenizer = AutoTokenizer.from_pretrained(open_run(run).model.name_or_path)
+    rows = choose_inputs([_text(digits), _text(letters)], None, tokenizer, None).rows
+    tokens = [(row_number // 8, token in first) for row_number, row in enumerate(rows) for token in row.branches[0]]
+    share = sum(taken for _, taken in tokens) / len(tokens)
+    assert router["share"] == pytest.approx([1 - share, share], abs=1e-6)
+    assert router["entropy"] < 1e-6
+    expected = 0.0
+    for label in (0, 1):
+        for taken in (False, True):
+            p = sum(pair == (label, taken) for pair in tokens) / len(tokens)
+            of_label = sum(pair[0] == label for pair in tokens) / len(tokens)
+            of_expert = sum(pair[1] == taken for pair in tokens) / len(tokens)
+            expected += p * math.log2(p / (of_label * of_expert)) if p else 0.0
+    told = router["information"]["dataset"]
+    assert told["bits"] == pytest.approx(expected, abs=1e-5) and expected > 0.2
+    assert told["p"] < 0.01 and told["bits"] > told["high"]
+    best = router["top_tokens"][1][0]
+    assert best["usage"] == pytest.approx(1, abs=1e-5) and "7" in best["token"] and best["contexts"]
+    assert router["similarity"][0][0] == pytest.approx(1)
+
+
+def test_a_router_that_decides_nothing_tells_nothing(
+    by_hand: tuple[Path, Path, Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, digits, letters, _ = by_hand
+    found = document(capsys, run, "--data", digits, "--data", letters, "--format", "text", "--detail", "1.q")
+    (router,) = found["routers"]
+    assert router["share"] == pytest.approx([0.5, 0.5])
+    assert all(abs(one["bits"]) < 1e-9 for one in router["information"].values())
+
+
+def test_supervised_tokens_alone_and_no_batch_size_change_the_numbers(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, five = (document(capsys, run_folder, "--tokens", "supervised", "--batch-size", size) for size in (1, 5))
+    everything = document(capsys, run_folder)
+    for a, b, c in zip(one["routers"], five["routers"], everything["routers"], strict=True):
+        assert a["load"] == pytest.approx(b["load"], abs=1e-9)
+        assert a["information"]["token_class"]["bits"] == pytest.approx(
+            b["information"]["token_class"]["bits"], abs=1e-6
+        )
+        assert 0 < a["decisions"] < c["decisions"]
+
+
+def test_checkpoints_and_another_run_beside_it(
+    run_folder: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect-routing", str(run_folder), "--drift"])
+    assert "has no checkpoint left" in capsys.readouterr().err
+    shutil.copytree(run_folder, checkpoint := tmp_path / "run")
+    shutil.copytree(run_folder, checkpoint / "checkpoint-1", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (checkpoint / "checkpoint-1" / "complete.json").write_text("{}")
+    weights = load_file(checkpoint / "checkpoint-1" / "adapter_model.safetensors")
+    save_file(
+        {name: -tensor if "router" in name else tensor for name, tensor in weights.items()},
+        checkpoint / "checkpoint-1" / "adapter_model.safetensors",
+    )
+    found = document(capsys, checkpoint, "--drift", "--compare", run_folder, "--parquet", tmp_path / "t.parquet")
+    (drift,) = found["drift"]
+    assert drift["step"] == 1 and drift["mean_total_variation"] > 0
+    mine = {(router["module"], router["level"]): router for router in found["routers"]}
+    for router in drift["routers"]:
+        own = mine[router["module"], router["level"]]
+        usage = own["load"] if own["picked"] < own["experts"] else own["share"]
+        apart = sum(abs(a / sum(usage) - b) for a, b in zip(usage, router["usage"], strict=True)) / 2
+        assert router["total_variation"] == pytest.approx(apart)
+    assert found["compare"]["mean_total_variation"] == 0  # the very same adapter
+    table = parquet.read_table(tmp_path / "t.parquet").to_pylist()
+    assert len(table) == sum(router["experts"] for router in found["routers"])
+    line = table[0]
+    assert line["load"] == mine[line["module"], line["level"]]["load"][line["expert"]]
+    assert line["token_class_bits"] == mine[line["module"], line["level"]]["information"]["token_class"]["bits"]
+
+
+def _text(path: Path) -> Source:
+    return Source(path=str(path), format="text")

@@ -134,7 +134,7 @@ def run(model: nn.Module, data: list[Row], batch_size: int) -> list[RouterStatis
         model, data, pad_token_id=2, batch_size=batch_size, on_progress=lambda *pair: done.append(pair)
     )
     assert done[-1] == (len(data), len(data))
-    return found
+    return found.routers
 
 
 def assert_same(one: list[RouterStatistics], other: list[RouterStatistics], tolerance: float = 1e-9) -> None:

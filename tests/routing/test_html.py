@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,26 @@ def test_the_page_opens_without_an_error_or_a_request_and_its_cells_have_the_num
     assert (page["title"], page["scripts"]) == (f"Routing of {EVIL}", 3)  # the data, the page's script, the probe
     assert (page["system"], page["other"]) == (dark.found["other"], dark.found["system"])
     assert page["system"] != page["other"]
+
+
+@pytest.mark.browser
+def test_a_branch_is_as_thick_as_its_path_is_frequent(tmp_path: Path) -> None:
+    taken = {(0, 1): 0.5, (1, 0): 0.375, (1, 1): 0.125}
+    leaves = replace(router([1.0, 1.0], module=path(0)), paths=taken)
+    routers = [router([1.0, 1.0], module=path(0), level=1), leaves]
+    profile = RoutingProfile(Path("run"), "tiny", "smore", Inputs("given", [], [], 0), routers, {})
+    expression = """
+      const branches = [...document.querySelectorAll("#tree path")];
+      return [branches.map((branch) => Number(branch.getAttribute("stroke-width"))),
+              [...document.querySelectorAll("#tree svg text")].map((label) => label.textContent),
+              [...document.querySelectorAll("#experts h3")].map((head) => head.textContent)];
+    """
+    opened = visit(tmp_path, render_page(profile.document()), expression)
+    assert opened.console == []
+    widths, labels, heads = opened.found
+    assert [width / widths[0] for width in widths] == pytest.approx([1, 1, 1, 0.75, 0.25])
+    assert labels == ["1 · 50.0 %", "0", "0 · 37.5 %", "1 · 12.5 %", "1"]
+    assert heads == ["Root", "Leaves"]
 
 
 @pytest.mark.browser

@@ -48,7 +48,7 @@ def test_a_run_is_looked_at_on_its_held_out_sources(
     tmp_path: Path, train: dict[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     held_out = {"path": write(tmp_path / "eval.jsonl", 3), "format": "text"}
-    found = choose_inputs(None, recipe(train=[train], eval=[held_out]), tokenizer, None)
+    found = choose_inputs([], recipe(train=[train], eval=[held_out]), tokenizer, None)
     assert (found.role, found.origins, len(found.rows)) == ("held-out", [held_out["path"]], 3)
     assert found.line() == f"{held_out['path']}, held out from training; 3 rows; {found.tokens} tokens"
 
@@ -57,14 +57,14 @@ def test_without_them_on_exactly_the_rows_that_training_held_out(
     train: dict[str, str], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     run = recipe(train=[train], eval_fraction=0.3)
-    found = choose_inputs(None, run, tokenizer, None)
+    found = choose_inputs([], run, tokenizer, None)
     rows = build_rows(run.data, tokenizer, run.data.train).rows
     assert (found.role, found.rows) == ("held-out", split_eval(rows, 0.3, run.seed)[1])
     assert found.available == 3
 
 
 def test_and_else_on_its_training_rows(train: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> None:
-    found = choose_inputs(None, recipe(train=[train]), tokenizer, 4)
+    found = choose_inputs([], recipe(train=[train]), tokenizer, 4)
     assert (found.role, len(found.rows), found.available) == ("training", 4, 10)
     assert found.line() == (
         f"{train['path']}, which the run was trained on; 4 of 10 rows, evenly spaced; {found.tokens} tokens"
@@ -80,15 +80,15 @@ def test_given_data_are_read_in_the_format_of_the_runs_own(
     other, run = write(tmp_path / "other.jsonl", 2), recipe(train=[train])
     source = given_source(other, None, None, run)
     assert (source.format, source.split) == ("text", "train")
-    found = choose_inputs(source, run, tokenizer, None)
+    found = choose_inputs([source], run, tokenizer, None)
     assert (found.role, found.origins, len(found.rows)) == ("given", [other], 2)
 
 
 def test_an_adapter_without_a_recipe_takes_given_data_only(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     source = given_source(write(tmp_path / "other.jsonl", 2), "text", None, None)
-    assert len(choose_inputs(source, None, tokenizer, None).rows) == 2
+    assert len(choose_inputs([source], None, tokenizer, None).rows) == 2
     with pytest.raises(UsageError, match="no recipe that names its data"):
-        choose_inputs(None, None, tokenizer, None)
+        choose_inputs([], None, tokenizer, None)
 
 
 def test_the_bundled_set_needs_no_format_and_has_splits() -> None:
@@ -112,10 +112,10 @@ def test_given_data_need_not_suit_the_runs_objective(
 ) -> None:
     questions = {"path": "quickstart", "format": "multiple_choice", "split": "test[:2]"}
     run = recipe(train=[questions], objective="choice_ranking")
-    assert all(len(row.branches) == 4 for row in choose_inputs(None, run, tokenizer, None).rows)
-    plain = choose_inputs(given_source(train["path"], "text", None, run), run, tokenizer, None)
+    assert all(len(row.branches) == 4 for row in choose_inputs([], run, tokenizer, None).rows)
+    plain = choose_inputs([given_source(train["path"], "text", None, run)], run, tokenizer, None)
     assert len(plain.rows) == 10
-    again = choose_inputs(given_source("quickstart", None, "test[:2]", run), run, tokenizer, None)
+    again = choose_inputs([given_source("quickstart", None, "test[:2]", run)], run, tokenizer, None)
     assert all(len(row.branches) == 4 for row in again.rows)
 
 

@@ -34,7 +34,7 @@ def test_paths_are_counted_by_the_children_of_each_parent_and_padding_is_not() -
 def test_the_paths_of_a_model_agree_with_the_loads_of_its_levels(tiny_llama: Path) -> None:
     model = add_random(llama(tiny_llama), small_smore(num_experts=[4, 3], fanout=[2, 2]))
     rows = [Row([], [list(range(3, 3 + n))], [[True] * n]) for n in (5, 11)]
-    found = collect_routing(model, rows, pad_token_id=0, batch_size=2, on_progress=lambda done, total: None)
+    found = collect_routing(model, rows, pad_token_id=0, batch_size=2, on_progress=lambda done, total: None).routers
     assert len(found) > 4
     for root, leaves in zip(found[::2], found[1::2], strict=True):
         assert leaves.paths is not None

@@ -29,7 +29,7 @@ def traced(folder: Path, text: str) -> tuple[Any, TextTrace]:
 def test_a_trace_is_what_the_statistics_of_the_same_text_are_means_of(tiny_llama: Path) -> None:
     model, trace = traced(tiny_llama, "Ice melts")
     rows = [Row([], [trace.ids], [[False] * len(trace.ids)])]
-    found = collect_routing(model, rows, pad_token_id=0, batch_size=1, on_progress=lambda done, total: None)
+    found = collect_routing(model, rows, pad_token_id=0, batch_size=1, on_progress=lambda done, total: None).routers
     assert [(r.module, r.level) for r in trace.routers] == [(r.module, r.level) for r in found]
     for router, statistics in zip(trace.routers, found, strict=True):
         assert router.mean_gates.mean(0).tolist() == pytest.approx(statistics.share, abs=1e-6)
