@@ -68,8 +68,8 @@ def heat_of(routers: Sequence[RouterStatistics]) -> np.ndarray[Any, np.dtype[np.
     """Returns log2 of each expert's share as a multiple of an even one, (routers, experts), NaN where there is none."""
     heat = np.full((len(routers), max(router.num_experts for router in routers)), np.nan)
     for row, router in enumerate(routers):
-        with np.errstate(divide="ignore"):  # an expert that is never used is -inf
-            heat[row, : router.num_experts] = np.log2(np.array(router.usage) * router.num_experts)
+        with np.errstate(divide="ignore"):  # never used, or of a negative weight: -inf
+            heat[row, : router.num_experts] = np.log2(np.maximum(router.usage, 0) * router.num_experts)
     return heat
 
 
