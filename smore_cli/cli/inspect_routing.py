@@ -97,6 +97,9 @@ def inspect_routing_command(
         raise UsageError("--format and --split are about --data, which is not given", "name a file with --data")
     if detail is not None and layers is not None:
         raise UsageError("--detail names one linear map, --layers several", "give one of the two")
+    for option, file in (("--html", html), ("--png", png)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option}: {file} is a folder", "name a file in it")
     wanted_layers = parse_layers(layers) if layers is not None else None
 
     from smore_cli.routing.session import Choice, DataRequest, Extra, inspect_run

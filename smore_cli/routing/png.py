@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
+    from smore_cli.routing.layout import Place
     from smore_cli.routing.session import RoutingProfile
     from smore_cli.routing.statistics import RouterStatistics
 
@@ -46,17 +48,14 @@ def draw_png(profile: RoutingProfile) -> bytes:
     figure = Figure(figsize=_size(panels), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(len(levels), len(projections), squeeze=False)
-    image = None
+    images = [
+        _panel(axes[row, column], panel, found, title=projections[column])
+        for row, panels_of_level in enumerate(panels)
+        for column, panel in enumerate(panels_of_level)
+    ]
     for row, level in enumerate(levels):
-        for column, name in enumerate(projections):
-            if not panels[row][column]:
-                axes[row, column].set_axis_off()
-                continue
-            layers = ["-" if (layer := found[r.module].layer) is None else str(layer) for r in panels[row][column]]
-            image = _panel(axes[row, column], panels[row][column], layers)
-            axes[row, column].set_title(name, fontsize=8, loc="left")
         axes[row, 0].set_ylabel(f"layer, level {level_name(level, levels)}" if len(levels) > 1 else "layer", fontsize=8)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30, ticks=list(TICKS))  # type: ignore[arg-type]
+    bar = figure.colorbar(next(filter(None, images)), ax=axes, shrink=0.6, aspect=30, ticks=list(TICKS))
     bar.ax.set_yticklabels(list(TICKS.values()), fontsize=7)
     figure.suptitle(f"{profile.run}: {profile.method} on {profile.backbone}", fontsize=9, parse_math=False)
     content = io.BytesIO()
@@ -68,13 +67,18 @@ def heat_of(routers: Sequence[RouterStatistics]) -> np.ndarray[Any, np.dtype[np.
     """Returns log2 of each expert's share as a multiple of an even one, (routers, experts), NaN where there is none."""
     heat = np.full((len(routers), max(router.num_experts for router in routers)), np.nan)
     for row, router in enumerate(routers):
-        with np.errstate(divide="ignore"):  # an expert that is never used is -inf
-            heat[row, : router.num_experts] = np.log2(np.array(router.usage) * router.num_experts)
+        with np.errstate(divide="ignore"):  # never used, or of a negative weight: -inf
+            heat[row, : router.num_experts] = np.log2(np.maximum(router.usage, 0) * router.num_experts)
     return heat
 
 
-def _panel(axes: Axes, routers: Sequence[RouterStatistics], layers: Sequence[str]) -> Any:
+def _panel(axes: Axes, routers: Sequence[RouterStatistics], found: dict[str, Place], *, title: str) -> AxesImage | None:
     """Draws the routers of one level and projection, one row each; dead experts are crossed."""
+    if not routers:
+        axes.set_axis_off()
+        return None
+    axes.set_title(title, fontsize=8, loc="left")
+    layers = ["-" if (layer := found[router.module].layer) is None else str(layer) for router in routers]
     heat = np.clip(heat_of(routers), min(TICKS), max(TICKS))  # an infinite one would be left blank
     image = axes.imshow(heat, cmap=COLOURS, vmin=min(TICKS), vmax=max(TICKS), aspect="auto")
     for row, router in enumerate(routers):

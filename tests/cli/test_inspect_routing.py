@@ -297,6 +297,12 @@ def test_a_text_is_traced_on_the_terminal_in_the_document_and_in_a_page_and_a_pi
     assert f"trace of {len(trace['tokens'])} tokens, as it stands" in shown and "parent 1" in shown
 
 
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_a_folder_is_no_file_to_write(tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert smore("inspect-routing", tmp_path, option, tmp_path) == 2
+    assert f"{option}: {tmp_path} is a folder" in capsys.readouterr().err.replace("\n", "")
+
+
 @pytest.fixture(scope="session")
 def by_hand(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> tuple[Path, Path, Path, Any]:
     """A run whose first router is set by hand, and two files: expert 1 for the tokens of the first, else expert 0."""

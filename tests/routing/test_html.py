@@ -36,6 +36,9 @@ def document(**more: Any) -> dict[str, Any]:
 def test_the_page_opens_without_an_error_or_a_request_and_its_cells_have_the_numbers(tmp_path: Path) -> None:
     effect = {"layer": 0, "level": 0, "expert": 0, "ablated": {"value": 0.5, "stderr": 0.1}}
     causal = {"loss": 2.0, "supervised_tokens": 9, "modules": [], "effects": [{**effect, "forced": effect["ablated"]}]}
+    layer = {"layer": 1, "static": 2.25, "value": 0.25, "stderr": 0.1}
+    loss = {"base": 3.0, "static": 2.5, "routed": 2.0}
+    dividend = {"loss": loss, "dividend": 0.5, "stderr": 0.125, "share": 0.5, "layers": [layer]}
     expression = """
       const text = (selector) => [...document.querySelectorAll(selector)].map((node) => node.textContent);
       const before = text("#experts tbody td");
@@ -47,22 +50,26 @@ def test_the_page_opens_without_an_error_or_a_request_and_its_cells_have_the_num
       document.getElementById("theme").click();
       return { before, load: text("#experts tbody td"), tip: text("#tip")[0], title: document.title,
                sections: text("nav a"), tokens: text("#trace .token"), causal: text("#causal tbody td"),
+               dividend: text("#dividend .note, #dividend tbody td"),
                heaviest: text("#trace .strip tbody td"), scripts: document.scripts.length,
                system, other: background() };
     """
-    found, dark = (
-        visit(tmp_path, render_page(document(causal=causal)), expression, dark=dark) for dark in (False, True)
-    )
+    html = render_page(document(causal=causal, dividend=dividend))
+    found, dark = (visit(tmp_path, html, expression, dark=dark) for dark in (False, True))
     assert (found.console, found.requested) == ([], [])
     page = found.found
     assert page["before"] == ["1.500", "0.750", "0.750", "1.125", "1.875", "0.000"]  # times an even share
     assert page["load"] == ["1.000", "0.500", "0.500", "0.750", "1.250", "0.000"]
     assert page["tip"].splitlines()[:2] == ["layer 1 · q · expert 2", "load 0.000  gate weight 0.000"]
     assert page["tip"].endswith("dead")
-    assert page["sections"] == ["Summary", "Experts", "Routers", "Trace of a text", "What an expert is worth"]
+    sections = ["Summary", "Experts", "Routers", "Trace of a text", "What an expert is worth", "What routing earned"]
+    assert page["sections"] == sections
     assert page["tokens"] == ["Ice ", EVIL, "⏎"]
     assert page["heaviest"] == ["1", "2", "0"]
     assert page["causal"] == ["+0.5000", "+0.5000"]
+    note, *numbers = page["dividend"]
+    assert note.startswith("Routing dividend +0.5000 ± 0.1250 nats a token: 50.0 % of the adapter's gain")
+    assert numbers == ["3.0000", "2.5000", "2.0000", "2.2500", "+0.2500 ± 0.1000"]
     assert (page["title"], page["scripts"]) == (f"Routing of {EVIL}", 3)  # the data, the page's script, the probe
     assert (page["system"], page["other"]) == (dark.found["other"], dark.found["system"])
     assert page["system"] != page["other"]

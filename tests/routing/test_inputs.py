@@ -70,7 +70,8 @@ def test_and_else_on_its_training_rows(train: dict[str, str], tokenizer: PreTrai
         f"{train['path']}, which the run was trained on; 4 of 10 rows, evenly spaced; {found.tokens} tokens"
     )
     assert found.document() == {
-        "role": "training", "sources": [train["path"]], "rows": 4, "available_rows": 10, "tokens": found.tokens
+        "role": "training", "sources": [train["path"]], "rows": 4, "available_rows": 10, "tokens": found.tokens,
+        "labels": [],
     }  # fmt: skip
 
 

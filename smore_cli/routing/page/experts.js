@@ -20,7 +20,7 @@ function expertCells(router, measure) {
     const dead = router.dead.includes(expert);
     const place = `layer ${layerName(router.layer)} · ${router.projection} · expert ${expert}`;
     const tip = `${place}\nload ${number(load)}  gate weight ${number(share)}\n${number(times, 2)}× an even share${dead ? ", dead" : ""}`;
-    const heat = { usage: Math.max(-1, Math.min(1, Math.log2(times || 1e-9) / 2)), load, share: Math.abs(share) }[measure];
+    const heat = { usage: Math.max(-1, Math.min(1, Math.log2(Math.max(times, 1e-9)) / 2)), load, share: Math.abs(share) }[measure];
     const shown = { usage: times, load, share }[measure];
     return cell(Math.max(-1, Math.min(1, heat)), number(shown), tip, dead);
   });
