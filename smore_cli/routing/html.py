@@ -26,7 +26,7 @@ TRACE_BYTES = 750_000
 """The most gates of a trace that the page holds, a byte each; the page says where a text was longer."""
 STEPS = 127
 """Gates of a trace are whole numbers from -127 to 127, times a scale of the router's."""
-_SCRIPTS = ("base.js", "experts.js", "trace.js", "tree.js", "worth.js", "main.js")
+_SCRIPTS = ("base.js", "experts.js", "trace.js", "tree.js", "facts.js", "worth.js", "main.js")
 
 
 def render_page(document: dict[str, Any]) -> str:

@@ -76,6 +76,30 @@ def test_the_page_opens_without_an_error_or_a_request_and_its_cells_have_the_num
 
 
 @pytest.mark.browser
+def test_what_experts_specialise_in_and_other_runs_are_drawn(tmp_path: Path) -> None:
+    told = {"bits": 0.5, "chance": 0.1, "low": 0.05, "high": 0.2, "p": 0.005, "most": 1.0, "above_chance": 0.4}
+    top = [[{"token": EVIL, "count": 3, "usage": 0.75, "contexts": []}], [], []]
+    shown = document()
+    for entry in shown["routers"]:
+        entry |= {"information": {"token_class": told}, "top_tokens": top, "together": [[1.0, 0.25, 0.0]] * 3}
+    other = {"run": EVIL, "step": 4, "mean_total_variation": 0.125, "routers": [
+        {"module": path(0), "level": 0, "effective_experts": 2.5, "total_variation": 0.125}]}  # fmt: skip
+    expression = """
+      const text = (selector) => [...document.querySelectorAll(selector)].map((node) => node.textContent);
+      return { told: text("#information tbody td"), tokens: text("#tokens .token"),
+               together: text("#tokens .heat tbody td"), map: text("#beside .heat tbody td"),
+               beside: text("#beside .figures tbody th, #beside .figures tbody td") };
+    """
+    opened = visit(tmp_path, render_page({**shown, "drift": [other], "compare": None}), expression)
+    assert (opened.console, opened.requested) == ([], [])
+    assert opened.found["told"] == ["0.400", "0.400"]
+    assert opened.found["tokens"] == [json.dumps(EVIL) + " "]
+    assert opened.found["together"][:3] == ["1.00", "0.25", "0.00"]
+    assert opened.found["beside"] == ["step 4", "0.1250", "2.50"]
+    assert opened.found["map"] == ["0.125", ""]
+
+
+@pytest.mark.browser
 def test_a_branch_is_as_thick_as_its_path_is_frequent(tmp_path: Path) -> None:
     taken = {(0, 1): 0.5, (1, 0): 0.375, (1, 1): 0.125}
     leaves = replace(router([1.0, 1.0], module=path(0)), paths=taken)

@@ -1,6 +1,9 @@
 expertSection();
 routerSection();
 treeSection();
+informationSection();
+tokenSection();
+besideSection();
 traceSection();
 causalSection();
 dividendSection();
