@@ -4,8 +4,9 @@
     one replicate: seeds and questions drawn anew with replacement, the mean of d over them, averaged over the tasks
     interval: the 2.5 % and 97.5 % quantiles of the replicates
 
-Runs of one seed share data, order and questions, so only what differs between methods is left in d. With three seeds
-the spread between seeds is known poorly, and the interval is then too narrow rather than too wide.
+Runs of one seed share data, order and questions, so only what differs between methods is left in d. Drawing both seeds
+and questions is cautious where single answers are mostly noise (Owen 2007, https://doi.org/10.1214/07-AOAS122); three
+seeds say little of the spread between seeds all the same.
 """
 
 from __future__ import annotations

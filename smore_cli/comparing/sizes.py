@@ -95,13 +95,14 @@ def _matched(contender: Contender, count: _Counter, wanted: int, active: bool, t
     given = contender.recipe.adapter.model_dump()
     for settings in _around(contender, given):
         try:
-            adapter = type(contender.recipe.adapter).model_validate(given | settings)
+            adapter = type(contender.recipe.adapter).model_validate(_rescaled(given | settings, given))
         except ValidationError:  # a rule of the method's own
             continue
         counts = count(adapter)
         off = abs(counts[active] / wanted - 1)
         if off <= tolerance:
-            changed = {key: value for key, value in settings.items() if value != given[key]}
+            final = adapter.model_dump()
+            changed = {key: value for key, value in final.items() if value != given[key]}
             return Sized(contender, adapter, *counts, changed)
         nearest = min(nearest, (off, f"{settings} has {counts[active]:,}"))
     what = "active" if active else "trainable"
@@ -110,6 +111,14 @@ def _matched(contender: Contender, count: _Counter, wanted: int, active: bool, t
         f"{100 * tolerance:g} %; nearest: {nearest[1]} ({100 * nearest[0]:.1f} % off)",
         "let more settings change (vary: [rank, num_experts]), or raise compare.tolerance",
     )
+
+
+def _rescaled(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings whose alpha has the ratio to the rank that was given: another size, the same scale."""
+    rank, alpha = given.get("rank"), given.get("alpha")
+    if isinstance(rank, int) and isinstance(alpha, float):
+        settings["alpha"] = alpha * settings["rank"] / rank
+    return settings
 
 
 def _place(contender: Contender) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import statistics
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ def carry_out(task: Task, log: Path, threads: int) -> dict[str, Any]:
     Returns:
         JSON values: see `summary`.
     """
+    _end_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -76,6 +78,18 @@ def carry_out(task: Task, log: Path, threads: int) -> dict[str, Any]:
     found["perplexity"] = _perplexity(subject, recipe, task)
     found["dividend"] = _dividend(subject, recipe, task.dividend_tokens) if task.dividend_tokens else None
     return found | {"seconds": time.perf_counter() - started}
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, so that no two ever write one run."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True)

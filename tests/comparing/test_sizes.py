@@ -78,6 +78,13 @@ def test_every_method_gets_the_baselines_size_and_the_adapter_has_it(shapes: Pat
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sized.trainable
 
 
+def test_another_rank_keeps_the_scale(shapes: Path, tmp_path: Path) -> None:
+    methods = {"mola": {"method": "mola", "num_experts": 2, "rank": 4, "alpha": 8.0}}
+    _, sized = _sized(tmp_path, shapes, methods, tolerance=0.1)
+    rank = sized.changed["rank"]
+    assert rank > 4 and sized.changed["alpha"] == 2.0 * rank == sized.adapter.model_dump()["alpha"]
+
+
 def test_active_parameters_can_be_matched_instead(shapes: Path, tmp_path: Path) -> None:
     methods = {"mola": {"method": "mola", "num_experts": 8, "rank": 4}}
     baseline, sized = _sized(tmp_path, shapes, methods, match="active", tolerance=0.1)
