@@ -12,7 +12,19 @@ __all__ = ["compare_command"]
 
 
 def compare_command(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A recipe with a section `compare`.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A recipe with a section `compare`, or a plain one.")],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="A,B",
+            help="Where SPEC is a plain recipe: compare its adapter with these, as in mola,smore,trex.",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", metavar="N", min=1, help="Runs of each method; default: 3, or as SPEC says."),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of it; repeatable.")
     ] = None,
@@ -32,7 +44,9 @@ def compare_command(
     from smore_cli.cli.console import out as console
     from smore_cli.comparing.spec import read_comparison
 
-    comparison = read_comparison(spec, overrides or [])
+    overrides = [*(overrides or []), *([] if seeds is None else [f"compare.seeds={seeds}"])]
+    names = [name.strip() for name in (methods or "").split(",") if name.strip()]
+    comparison = read_comparison(spec, overrides, names)
 
     from smore_cli.comparing.compare import compare, lay_out, write
     from smore_cli.comparing.report import tables

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from smore_cli.errors import RecipeError
+from smore_cli.errors import RecipeError, UsageError
+from smore_cli.methods import load_method
 from smore_cli.recipe.document import Document, Loc
 from smore_cli.recipe.explain import explain
 from smore_cli.recipe.load import checked
 from smore_cli.recipe.overrides import apply_overrides
 from smore_cli.recipe.reading import read_document
+from smore_cli.recipe.ready import find_ready_recipe
 from smore_cli.recipe.schema import Recipe, Section, Source
 
 if TYPE_CHECKING:
@@ -131,17 +133,23 @@ def is_comparison(path: Path) -> bool:
     return "compare" in read_document(path).values
 
 
-def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
+def read_comparison(path: Path, overrides: Sequence[str] = (), methods: Sequence[str] = ()) -> Comparison:
     """Reads a comparison.
 
     Args:
         path: a YAML file.
         overrides: `--set` values, as for a recipe.
+        methods: of a recipe without the section: names of methods, with the settings of their ready recipes.
 
     Raises:
         RecipeError: with every problem, each as `file:line:column: what` and the source line.
+        UsageError: there is no ready recipe of a method, or the file has the section already.
     """
     document = read_document(path)
+    if methods:
+        if "compare" in document.values:
+            raise UsageError(f"{path} names its methods itself, in compare.methods", "leave out --methods")
+        document.values["compare"] = {"methods": {name: _ready(name) for name in methods}}
     apply_overrides(document, overrides)
     values: dict[str, Any] = dict(document.values)
     section = {"compare": values.pop("compare")} if "compare" in values else {}
@@ -163,6 +171,16 @@ def read_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     assert config is not None and baseline is not None  # or there were problems
     first = Contender(config.baseline, baseline, baseline.adapter.size_fields, ("adapter",))
     return Comparison(config, [first, *contenders], document)
+
+
+def _ready(name: str) -> dict[str, Any]:
+    """Returns the adapter section of a method's ready recipe; where it only can be on other modules, with these."""
+    adapter: dict[str, Any] = dict(read_document(find_ready_recipe(f"methods/{name}").path).values["adapter"])
+    config = load_method(adapter["method"])
+    if "linear" in config.sites and len(config.sites) == 1:
+        del adapter["target_modules"]
+    experts = ["num_experts"] if type(adapter.get("num_experts")) is int else []
+    return {**adapter, "vary": [*config.size_fields, *experts]}
 
 
 def _methods(section: dict[str, Any]) -> dict[Any, dict[str, Any]]:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from smore_cli.methods import MethodConfig
-    from smore_cli.nn.siblings import group_siblings
-from smore_cli.nn.targets import Place
+    from smore_cli.nn.targets import Place
 
 __all__ = ["adapted_modules", "attach", "detach", "find_targets", "is_gated_mlp", "is_linear", "set_active", "sites_of"]
 

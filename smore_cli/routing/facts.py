@@ -8,7 +8,7 @@ import torch
 
 from smore_cli.nn import adapted_modules
 from smore_cli.nn.targets import is_linear
-from smore_cli.routing.information import Information, mutual_information, token_class
+from smore_cli.routing.information import Information, of_rows, of_tokens, token_class
 from smore_cli.routing.similarity import expert_similarity
 from smore_cli.routing.tokens import top_tokens
 
@@ -73,8 +73,8 @@ def _information(
     experts = [usage.experts[key].shape[1] for key in keys]
     classes = {int(token): token_class(tokenizer, int(token)) for token in usage.ids.unique()}
     labels = torch.tensor([classes[token] for token in usage.ids.tolist()])
-    found: dict[str, list[Information]] = {"token_class": mutual_information(side_by_side, experts, labels)}
+    of_kind = of_tokens(side_by_side, experts, labels, usage.rows, usage.ids)
+    found: dict[str, list[Information]] = {"token_class": of_kind}
     if inputs.labels is not None:
-        rows = torch.tensor(inputs.labels)
-        found["dataset"] = mutual_information(side_by_side, experts, rows, usage.rows)
+        found["dataset"] = of_rows(side_by_side, experts, torch.tensor(inputs.labels), usage.rows)
     return {key: {name: each[i].document() for name, each in found.items()} for i, key in enumerate(keys)}

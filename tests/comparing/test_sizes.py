@@ -125,6 +125,22 @@ def test_every_mistake_is_found_at_once_and_where_it_stands(tmp_path: Path) -> N
     assert places == ["3:31", "6:3", "8:23", "9:17", "10:72", "11:46", "12:10"]
 
 
+def test_methods_may_be_named_beside_a_plain_recipe(shapes: Path, tmp_path: Path) -> None:
+    path = _comparison(tmp_path, shapes, {})
+    values = yaml.safe_load(path.read_text())
+    del values["compare"]
+    path.write_text(yaml.safe_dump(values))
+    comparison = read_comparison(path, ["compare.seeds=2", "compare.tolerance=0.1"], ["mola", "mixlora", "trex"])
+    baseline, *others = match_sizes(comparison)
+    assert [other.contender.label for other in others] == ["mola", "mixlora", "trex"] and comparison.config.seeds == 2
+    assert all(abs(other.trainable / baseline.trainable - 1) <= 0.1 for other in others)
+    assert others[0].adapter.target_modules == baseline.adapter.target_modules
+    with pytest.raises(UsageError, match="no ready recipe"):
+        read_comparison(path, (), ["methodless"])
+    with pytest.raises(UsageError, match="names its methods itself"):
+        read_comparison(_comparison(tmp_path, shapes, {"mola": {"method": "mola", "num_experts": 2}}), (), ["mola"])
+
+
 def test_a_file_without_the_section_says_so(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("version: 1\nmodel: {name_or_path: x}\nadapter: {method: lora}\noutput_dir: x\n")

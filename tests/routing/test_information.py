@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from smore_cli.routing.information import TOKEN_CLASSES, mutual_information, token_class
+from smore_cli.routing.information import TOKEN_CLASSES, mutual_information, of_rows, of_tokens, token_class
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +25,7 @@ def test_an_expert_a_data_set_tells_one_bit_and_is_beyond_chance() -> None:
     labels = torch.tensor([0, 1] * 20)  # forty rows of five tokens
     units = torch.arange(40).repeat_interleave(5)
     usage = one_hot(labels[units], 2)
-    (found,) = mutual_information(usage, [2], labels, units)
+    (found,) = of_rows(usage, [2], labels, units)
     assert found.bits == pytest.approx(1.0) and found.most == pytest.approx(1.0)
     assert found.p == pytest.approx(1 / 201) and found.high < 0.3
 
@@ -62,10 +62,39 @@ def test_rows_are_shuffled_as_a_whole() -> None:
     experts = torch.randint(0, 4, (12,), generator=generator)  # one expert a row, whatever its data set
     labels, units = torch.tensor([0, 1] * 6), torch.arange(12).repeat_interleave(50)
     usage = one_hot(experts[units], 4)
-    (by_rows,) = mutual_information(usage, [4], labels, units)
+    (by_rows,) = of_rows(usage, [4], labels, units)
     (by_tokens,) = mutual_information(usage, [4], labels[units])
     assert by_rows.bits == pytest.approx(by_tokens.bits)
     assert by_rows.p > 0.05 and by_tokens.p < 0.01
+
+
+def _text(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """24 rows of 40 tokens of 60 types, a few of them frequent, whose kinds differ from row to row."""
+    kind_of = torch.arange(60) % 3
+    frequency = 1.0 / torch.arange(1, 61)
+    ids, rows = [], torch.arange(24).repeat_interleave(40)
+    for _ in range(24):
+        mix = frequency * (0.2 + torch.rand(3, generator=generator))[kind_of]
+        ids.append(torch.multinomial(mix, 40, replacement=True, generator=generator))
+    tokens = torch.cat(ids)
+    return tokens, rows, kind_of[tokens]
+
+
+def test_routers_that_follow_the_row_or_the_type_know_nothing_of_the_kind_and_one_that_does_is_found() -> None:
+    generator = torch.Generator().manual_seed(3)
+    ids, rows, labels = _text(generator)
+    experts = 4
+    by_row = [torch.randint(0, experts, (24,), generator=generator)[rows] for _ in range(40)]
+    by_type = [torch.randint(0, experts, (60,), generator=generator)[ids] for _ in range(40)]
+    by_kind = [labels]
+    picks = [*by_row, *by_type, *by_kind]
+    usage = torch.cat([one_hot(pick, experts) for pick in picks], 1)
+    found = of_tokens(usage, [experts] * len(picks), labels, rows, ids)
+    for alike in (found[:40], found[40:80]):
+        assert sum(one.p <= 0.05 for one in alike) <= 6  # two of forty are to be expected
+    assert found[80].p < 0.01 and found[80].bits > found[80].high
+    freely = mutual_information(usage, [experts] * len(picks), labels)
+    assert sum(one.p <= 0.05 for one in freely[:80]) > 60  # what dealing tokens out one by one would have said
 
 
 def test_token_classes(tiny_llama: Path) -> None:
