@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ p, .note { color: var(--soft); max-width: 60rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: 13px; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-.plots { display: flex; flex-wrap: wrap; gap: 2rem; }
+.plots { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; margin-top: 1rem; }
 svg { width: 34rem; max-width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 11px; }
 svg .soft { fill: var(--soft); } .axis { stroke: var(--line); } .zero { stroke: var(--soft); stroke-dasharray: 3 3; }
 .mark { stroke: var(--mark); fill: var(--mark); } .sure { stroke: var(--sure); fill: var(--sure); }
@@ -134,12 +135,17 @@ class _Scale:
 
 
 def _ticks(scale: _Scale, y: float, times: float) -> list[str]:
-    """Returns an axis with five numbers, each multiplied for showing."""
+    """Returns an axis with a few round numbers, each multiplied for showing."""
     parts = [f'<line class="axis" x1="{scale.start}" x2="{scale.end}" y1="{y}" y2="{y}"/>']
-    for i in range(5):
-        value = scale.low + (scale.high - scale.low) * (i + 0.5) / 5
-        shown = f"{times * value:+.1f}" if times != 1 else f"{value:,.0f}"
-        parts.append(f'<text class="soft" x="{scale(value):.1f}" y="{y + 14}" text-anchor="middle">{shown}</text>')
+    low, high = times * scale.low, times * scale.high
+    rough = (high - low) / 7
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+    for number in range(math.ceil(low / step), math.floor(high / step) + 1):
+        value = number * step
+        shown = f"{value:,.0f}" if step >= 1 else f"{value:.{-math.floor(math.log10(step))}f}"
+        place = scale(value / times)
+        parts.append(f'<text class="soft" x="{place:.1f}" y="{y + 14}" text-anchor="middle">{shown}</text>')
     return parts
 
 
