@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from smore_cli.comparing.spec import is_comparison
 from smore_cli.methods import available_methods, load_method
 from smore_cli.recipe import Recipe, dump_recipe, json_schema, load_recipe
 
@@ -116,8 +117,8 @@ def test_the_defaults_of_every_method_survive_and_its_fields_are_written(tmp_pat
 
 
 def test_every_ready_recipe_survives(project: Path, tmp_path: Path) -> None:
-    paths = sorted((project / "recipes").rglob("*.yaml"))
-    assert paths
+    paths = [path for path in sorted((project / "recipes").rglob("*.yaml")) if not is_comparison(path)]
+    assert len(paths) > 30
     for path in paths:
         assert reload(load_recipe(path), tmp_path) == load_recipe(path)
 

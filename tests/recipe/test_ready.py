@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from smore_cli.comparing.spec import is_comparison, read_comparison
 from smore_cli.errors import UsageError
 from smore_cli.recipe import load_recipe
 from smore_cli.recipe.ready import find_ready_recipe, ready_recipes
@@ -13,7 +14,10 @@ def test_every_ready_recipe_is_sound_and_says_what_it_is_for() -> None:
     recipes = ready_recipes()
     assert "quickstart" in [recipe.name for recipe in recipes]
     for recipe in recipes:
-        assert load_recipe(recipe.path).version == 1
+        if is_comparison(recipe.path):
+            assert len(read_comparison(recipe.path).contenders) > 1
+        else:
+            assert load_recipe(recipe.path).version == 1
         assert len(recipe.summary) > 10
         assert not recipe.summary.startswith("#")
 
