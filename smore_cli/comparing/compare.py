@@ -59,7 +59,7 @@ def lay_out(comparison: Comparison, out: Path) -> Layout:
     """Matches the sizes and plans the runs; nothing is loaded but shapes, nothing written.
 
     Raises:
-        UsageError: sizes cannot be matched, a benchmark is unknown, a label stands for two runs of one name.
+        UsageError: sizes cannot be matched, a benchmark is unknown, or there are no held-out rows for the dividend.
         DataError: questions or general text are not there.
     """
     from pathlib import Path
