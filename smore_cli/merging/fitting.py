@@ -83,10 +83,11 @@ def solve_layer(
             found = fit(moments, path, ridge=solver.ridge, prior=priors.get(path), intercept=intercept)
             factors = None if solver.rank is None else best_of_rank(found.D, found.C, solver.rank)
             D = found.D if factors is None else factors[0] @ factors[1]
-            missed = squared_error(moments, path, D, found.bias) / max(moments.square[path], 1e-30)
+            missed = found.missed if factors is None else squared_error(moments, path, *factors)
             kept = None if factors is None else tuple(each.float().cpu() for each in factors)
             add_update(base, D, found.bias)
-            results[path] = MapResult(missed, cast("tuple[Tensor, Tensor] | None", kept))
+            share = missed / max(moments.square[path], 1e-30)
+            results[path] = MapResult(share, cast("tuple[Tensor, Tensor] | None", kept))
     return results
 
 

@@ -4,7 +4,8 @@
 
     C = sum x x^T,  G = sum f x^T          D = D_0 + (G - D_0 C) (C + lambda I)^-1
     with b: the same with C and G taken around the means, b = mean f - D mean x
-    error       sum |D x + b - f|^2 from the moments alone, no second pass
+    missed      sum |D x + b - f|^2 = sum |f|^2 - <D, G> - lambda <D - D_0, D>, as D C = G - lambda (D - D_0):
+                from the moments alone, without a product of matrices
     rank r      D C^(1/2) has an SVD U S V^T; U_r U_r^T D is best among all of rank r where lengths are those of D x,
                 which a plain SVD of D knows nothing of (reduced-rank regression)
 
@@ -65,11 +66,13 @@ class Fit:
         D: (d_out, d_in) float64.
         bias: (d_out,) float64; None: none was asked for.
         C: (d_in, d_in) float64, the metric: around the mean where there is a bias, ridge included.
+        missed: sum |D x + bias - f|^2 over the tokens.
     """
 
     D: Tensor
     bias: Tensor | None
     C: Tensor
+    missed: float
 
 
 @torch.no_grad()
@@ -83,20 +86,21 @@ def fit(moments: Moments, name: str, *, ridge: float, prior: Tensor | None = Non
         prior: (d_out, d_in) D_0; None: zero.
         intercept: whether a bias is fitted too.
     """
-    C, G = moments.C.double(), moments.G[name].double()
+    C, G, square = moments.C.double(), moments.G[name].double(), moments.square[name]
     x, f = moments.x.double() / moments.n, moments.f[name].double() / moments.n
     if intercept:
         C = C - moments.n * torch.outer(x, x)
         G = G - moments.n * torch.outer(f, x)
-    if prior is not None:
-        G = G - prior.double() @ C
+        square -= moments.n * float(f.square().sum())
+    prior = None if prior is None else prior.double()
+    right = G if prior is None else G - prior @ C
     # An input that is zero everywhere tells nothing: then any lambda keeps D at the prior.
     weight = ridge * float(C.diagonal().mean()) or torch.finfo(torch.float32).tiny
     C.diagonal().add_(weight)  # in place, as C may be the largest thing there is
-    D = _solve(C, G)
-    if prior is not None:
-        D = D + prior.double()
-    return Fit(D, f - D @ x if intercept else None, C)
+    change = _solve(C, right)  # D - D_0
+    D = change if prior is None else change + prior
+    missed = square - float((D * G).sum()) - weight * float((change * D).sum())
+    return Fit(D, f - D @ x if intercept else None, C, missed)
 
 
 def _solve(metric: Tensor, right: Tensor) -> Tensor:
@@ -114,21 +118,19 @@ def _solve(metric: Tensor, right: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def squared_error(moments: Moments, name: str, D: Tensor, bias: Tensor | None = None) -> float:
-    """Returns sum |D x + b - f|^2 over all tokens, from the moments.
+def squared_error(moments: Moments, name: str, B: Tensor, A: Tensor) -> float:
+    """Returns sum |B A x - f|^2 over all tokens, from the moments; no matrix of B A's size is multiplied.
 
     Args:
         moments: of these tokens.
         name: the map's.
-        D: (d_out, d_in).
-        bias: (d_out,).
+        B: (d_out, r).
+        A: (r, d_in).
     """
-    D = D.double()
-    error = ((D @ moments.C.double()) * D).sum() - 2 * (D * moments.G[name].double()).sum() + moments.square[name]
-    if bias is not None:
-        around = D @ moments.x.double() - moments.f[name].double()
-        error = error + moments.n * bias.double().square().sum() + 2 * (bias.double() * around).sum()
-    return float(error)
+    B, A = B.double(), A.double()
+    given = (B.t() @ B) * (A @ moments.C.double() @ A.t())  # its sum: sum |B A x|^2
+    along = (B.t() @ moments.G[name].double()) * A  # its sum: sum <B A x, f>
+    return float(given.sum() - 2 * along.sum()) + moments.square[name]
 
 
 @torch.no_grad()

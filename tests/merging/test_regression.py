@@ -76,14 +76,23 @@ def test_fewer_tokens_than_dimensions_give_the_smallest_exact_solution() -> None
     assert float(found.norm()) < 1.1 * float(np.linalg.norm(expected))
 
 
+@pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("intercept", [False, True])
-def test_the_error_needs_no_second_pass(intercept: bool) -> None:
+@pytest.mark.parametrize("ridge", [0.0, 1e-2, 1.0])
+def test_what_is_missed_needs_no_second_pass(ridge: float, intercept: bool, prior: bool) -> None:
+    x, f = _data()
+    start = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(1)) if prior else None
+    found = fit(_moments(x, f), "map", ridge=ridge, prior=start, intercept=intercept)
+    given = x.double() @ found.D.t() + (0 if found.bias is None else found.bias)
+    assert found.missed == pytest.approx(float((given - f.double()).square().sum()), rel=1e-4)
+
+
+def test_nor_does_what_factors_miss() -> None:
     x, f = _data()
     moments = _moments(x, f)
-    found = fit(moments, "map", ridge=1e-2, intercept=intercept)
-    given = x.double() @ found.D.t() + (0 if found.bias is None else found.bias)
-    expected = float((given - f.double()).square().sum())
-    assert squared_error(moments, "map", found.D, found.bias) == pytest.approx(expected, rel=1e-4)
+    B, A = best_of_rank(fit(moments, "map", ridge=1e-2).D, moments.C, 3)
+    expected = float((x.double() @ (B @ A).t() - f.double()).square().sum())
+    assert squared_error(moments, "map", B, A) == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_was_split_into_chunks_is_one_sum() -> None:
