@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 __all__ = ["BarReporter", "LineReporter", "Reporter", "SilentReporter", "is_evaluation", "load_bar", "make_reporter"]
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_BARS = 16
+"""Of a level, so that a grid of hundreds of experts does not fill the screen."""
 
 
 class Reporter(Protocol):
@@ -40,11 +42,15 @@ def make_reporter(*, main: bool = True) -> Reporter:
 
 
 def load_bar(routing: dict[str, dict[str, Any]]) -> str:
-    """Draws each tree level's load, root and busiest expert first: `▇▅▃▂ ▆▅▄▃`, where full height is everything."""
+    """Draws each tree level's load, root and busiest expert first: `▇▅▃▂ ▆▅▄▃`, where full height is everything.
+
+    Of more than 16 experts the rest is a number: `▂▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁+584`.
+    """
     bars = []
     for level in sorted(routing, key=int, reverse=True):
         load = routing[level]["load"]
-        bars.append("".join(BLOCKS[min(len(BLOCKS) - 1, int(share * len(BLOCKS)))] for share in load))
+        bar = "".join(BLOCKS[min(len(BLOCKS) - 1, int(share * len(BLOCKS)))] for share in load[:MOST_BARS])
+        bars.append(bar if len(load) <= MOST_BARS else f"{bar}+{len(load) - MOST_BARS}")
     return " ".join(bars)
 
 
