@@ -7,6 +7,7 @@
     |   +-- ModelError                        a backbone or tokenizer that cannot be used
     |   +-- AdapterError                      an adapter or run folder that cannot be used
     +-- CheckpointError              exit 1   a checkpoint that is damaged or does not fit
+    +-- Diverged                     exit 1   training came to numbers that are not finite
     +-- CheckFailed                  exit 3   a check ran and said no
     +-- Interrupted                  exit 130 stopped by a signal after the state was saved
 
@@ -20,6 +21,7 @@ __all__ = [
     "CheckFailed",
     "CheckpointError",
     "DataError",
+    "Diverged",
     "Interrupted",
     "ModelError",
     "RecipeError",
@@ -72,6 +74,10 @@ class AdapterError(UsageError):
 
 class CheckpointError(SmoreError):
     """A checkpoint is damaged, or belongs to another run."""
+
+
+class Diverged(SmoreError):
+    """A loss or a gradient is not finite."""
 
 
 class CheckFailed(SmoreError):

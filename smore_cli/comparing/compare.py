@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smore_cli.atomic import write_text, writing
 from smore_cli.comparing.page import page
@@ -12,6 +12,7 @@ from smore_cli.comparing.report import markdown
 from smore_cli.comparing.runs import Planned, plan_runs, run_all
 from smore_cli.comparing.sizes import Sized, match_sizes
 from smore_cli.comparing.summary import Summary, summarise
+from smore_cli.comparing.tuning import choose_rates, plan_trials
 from smore_cli.errors import SmoreError, UsageError
 from smore_cli.evaluation.benchmarks import read_tasks
 
@@ -31,13 +32,13 @@ class Layout:
     Attributes:
         comparison: as it was read.
         sized: the methods, the baseline first.
-        runs: all of them.
+        trials: runs that choose each method's learning rate.
         out: its folder.
     """
 
     comparison: Comparison
     sized: list[Sized]
-    runs: list[Planned]
+    trials: list[Planned]
     out: Path
 
     def lines(self) -> list[str]:
@@ -49,9 +50,10 @@ class Layout:
             changed = ", ".join(f"{name}: {value}" for name, value in one.changed.items()) or "-"
             lines.append(f"{one.contender.label:{width}}  {one.trainable:12,} {one.active:12,}  {changed}")
         objectives = " and ".join(self.comparison.objectives)
-        lines.append(
-            f"{len(self.runs)} runs: {len(self.sized)} methods, {config.seeds} seeds, {objectives}; the backbone"
-        )
+        runs = plan_runs(self.comparison, self.sized, self.out)
+        lines.append(f"{len(runs)} runs: {len(self.sized)} methods, {config.seeds} seeds, {objectives}; the backbone")
+        if self.trials:
+            lines.append(f"before them {len(self.trials)} trials of learning rates, of which the best are gone on with")
         return lines
 
 
@@ -72,13 +74,19 @@ def lay_out(comparison: Comparison, out: Path) -> Layout:
     if config.general_text is not None:
         read_source(config.general_text)
     data = comparison.baseline.recipe.data
-    if config.dividend_tokens and not data.eval and not data.eval_fraction:
+    held_out = bool(data.eval or data.eval_fraction)
+    if config.dividend_tokens and not held_out:
         raise UsageError(
             "the routing dividend is measured on held-out rows, of which there are none",
             "give data.eval or data.eval_fraction, or compare.dividend_tokens: 0",
         )
+    if config.learning_rate_factors and not held_out:
+        raise UsageError(
+            "learning rates are chosen by the loss on held-out rows, of which there are none",
+            "give data.eval or data.eval_fraction, or leave out compare.learning_rate_factors",
+        )
     sized = match_sizes(comparison)
-    return Layout(comparison, sized, plan_runs(comparison, sized, out), out)
+    return Layout(comparison, sized, plan_trials(comparison, sized, out), out)
 
 
 def compare(layout: Layout, *, jobs: int, say: Callable[[str], None]) -> Summary:
@@ -93,12 +101,21 @@ def compare(layout: Layout, *, jobs: int, say: Callable[[str], None]) -> Summary
         SmoreError: a run failed, or two runs of one seed did not see the same rows.
         Interrupted: the same command goes on.
     """
-    with writing(layout.out):
-        run_all(layout.runs, layout.out, jobs, say)
-    results = {run.name: found for run in layout.runs if (found := run.result()) is not None}
-    _require_same_rows(layout.runs, results)
+    out = layout.out
+    with writing(out):
+        run_all(layout.trials, out, jobs, say)
+        tuned = choose_rates(layout.trials, _results(layout.trials))
+        factors = {key: one.factor for key, one in tuned.items()}
+        runs = plan_runs(layout.comparison, layout.sized, out, factors)
+        run_all(runs, out, jobs, say)
+    results = _results(runs)
+    _require_same_rows(runs, results)
     title = ", ".join(layout.comparison.config.benchmarks) or "held-out loss"
-    return summarise(title, layout.sized, layout.runs, results)
+    return summarise(title, layout.sized, runs, results, tuned)
+
+
+def _results(runs: list[Planned]) -> dict[str, dict[str, Any]]:
+    return {run.name: found for run in runs if (found := run.result()) is not None}
 
 
 def _require_same_rows(runs: list[Planned], results: dict[str, dict[str, object]]) -> None:

@@ -18,7 +18,8 @@ LEGEND = (
     "memory, through {baseline}'s run of the same seed; the runs are separate, so that what else the machine did is in "
     "them. ppl: perplexity of held-out general text (what is forgotten). dividend: what routing itself earned, in "
     "nats on the held-out rows, and its share of the gain (first seed): the loss with the best update that is the same "
-    "for every token, less the routed loss."
+    "for every token, less the routed loss. lr: the learning rate; where several were tried the one with the least "
+    "held-out loss (first seed), with ! where it is the least or the largest of them."
 )
 
 
@@ -27,7 +28,7 @@ def headers(summary: Summary) -> list[str]:
     first = next(iter(summary.rows.values()))[0]
     columns = ["", "trainable", "active", *first.scores]
     columns += ["loss", "tokens"] if first.held_out is not None else []
-    columns += ["step", "memory"]
+    columns += ["step", "memory", "lr"]
     columns += ["ppl"] if summary.backbone.perplexity is not None else []
     return [*columns, *(["dividend"] if first.dividend is not None else [])]
 
@@ -40,6 +41,7 @@ def cells(row: Row) -> list[str]:
         share = row.tokens_to_baseline
         found += [f"{row.held_out:.3f}", "-" if share is None else f"{100 * share:.0f} %"]
     found += [f"{row.step_ratio:.2f}", f"{row.memory_ratio:.2f}"]
+    found.append(f"{row.learning_rate:.1e}" + ("!" if row.at_edge else ""))
     found += [] if row.perplexity is None else [f"{row.perplexity:.2f}"]
     if row.dividend is not None:
         share = row.dividend["share"]

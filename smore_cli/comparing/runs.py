@@ -3,6 +3,7 @@
     OUT/runs/LABEL-OBJECTIVE-seedN/     an ordinary run
     OUT/found/LABEL-OBJECTIVE-seedN.json   what was measured of it; while it is not there, the run is gone on with
     OUT/logs/LABEL-OBJECTIVE-seedN.log     what the run printed
+    ...-seed0-lrF                       a trial: the same with F times the learning rate (`tuning`)
 
 A process of its own, so that the peak of its memory is its own and two can run side by side. All are forked from one
 that has imported the libraries already.
@@ -23,16 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 from smore_cli.atomic import write_text
 from smore_cli.comparing.work import Task, carry_out
-from smore_cli.errors import Interrupted, SmoreError, UsageError
+from smore_cli.errors import Diverged, Interrupted, SmoreError, UsageError
 from smore_cli.recipe.dump import dump_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from smore_cli.comparing.sizes import Sized
     from smore_cli.comparing.spec import Comparison, Objective
+    from smore_cli.recipe.schema import Recipe
 
-__all__ = ["Planned", "plan_runs", "run_all"]
+__all__ = ["Planned", "plan_run", "plan_runs", "run_all"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,15 @@ class Planned:
     """One run of a comparison.
 
     Attributes:
-        name: of its folder.
+        name: of its files.
         label: of the method; None: the backbone by itself, which is only evaluated.
         objective: what it is trained with.
         seed: of everything in it.
         task: what its process does.
         found: the file of what was measured.
+        learning_rate: its peak.
+        factor: what that is of its recipe's.
+        trial: whether only its held-out loss is asked for, and it may diverge.
     """
 
     name: str
@@ -54,6 +59,9 @@ class Planned:
     seed: int
     task: Task
     found: Path
+    learning_rate: float
+    factor: float = 1.0
+    trial: bool = False
 
     @property
     def key(self) -> str:
@@ -76,35 +84,73 @@ class Planned:
         return values
 
 
-def plan_runs(comparison: Comparison, sized: list[Sized], out: Path) -> list[Planned]:
-    """Returns every run, the backbone first, then seed by seed, so that a part of them compares all methods."""
-    config = comparison.config
-    shared: dict[str, Any] = {
-        "benchmarks": tuple(config.benchmarks),
-        "data_dir": None if config.data_dir is None else str(Path(config.data_dir).absolute()),
-        "limit": config.limit,
-        "general": None if config.general_text is None else config.general_text.model_dump_json(),
-        "general_tokens": config.general_tokens,
+def plan_runs(
+    comparison: Comparison, sized: list[Sized], out: Path, factors: Mapping[tuple[str, str], float] | None = None
+) -> list[Planned]:
+    """Returns every run, the backbone first, then seed by seed, so that a part of them compares all methods.
+
+    Args:
+        comparison: what is compared.
+        sized: its methods.
+        out: its folder.
+        factors: of the learning rate, by label and objective; None: 1.
+    """
+    factors = factors or {}
+    recipe = comparison.baseline.recipe.model_copy(update={"output_dir": str(out / "runs" / "backbone")})
+    task = _task(comparison, recipe, trained=False)
+    found, rate = out / "found" / "backbone.json", recipe.train.learning_rate
+    runs = [Planned("backbone", None, comparison.objectives[0], 0, task, found, rate)]
+    return runs + [
+        plan_run(comparison, one, objective, seed, out, factor=factors.get((one.contender.label, objective), 1.0))
+        for seed in range(comparison.config.seeds)
+        for objective in comparison.objectives
+        for one in sized
+    ]
+
+
+def plan_run(
+    comparison: Comparison,
+    one: Sized,
+    objective: Objective,
+    seed: int,
+    out: Path,
+    *,
+    factor: float = 1.0,
+    trial: bool = False,
+) -> Planned:
+    """Returns a run of one method; where learning rates are tried the first seed's is the trial, which goes on."""
+    label = one.contender.label
+    name = f"{label}-{objective}-seed{seed}"
+    tried = f"{name}-lr{factor:g}" if comparison.config.learning_rate_factors and seed == 0 else name
+    recipe = one.contender.recipe
+    rates = {"learning_rate": recipe.train.learning_rate, "router_learning_rate": recipe.train.router_learning_rate}
+    scaled = {key: factor * rate for key, rate in rates.items() if rate is not None}
+    changes = {
+        "adapter": one.adapter,
+        "data": recipe.data.model_copy(update={"objective": objective}),
+        "train": recipe.train.model_copy(update=scaled),
+        "seed": seed,
+        "output_dir": str(out / "runs" / tried),
     }
+    task = _task(comparison, recipe.model_copy(update=changes), trained=True, trial=trial, first=seed == 0)
+    name = tried if trial else name
+    rate = scaled["learning_rate"]
+    return Planned(name, label, objective, seed, task, out / "found" / f"{name}.json", rate, factor, trial)
 
-    def planned(name: str, label: str | None, objective: Objective, seed: int, recipe: Any, tokens: int) -> Planned:
-        task = Task(dump_recipe(recipe), label is not None, dividend_tokens=tokens, **shared)
-        return Planned(name, label, objective, seed, task, out / "found" / f"{name}.json")
 
-    plain = comparison.baseline.recipe.model_copy(update={"output_dir": str(out / "runs" / "backbone")})
-    runs = [planned("backbone", None, comparison.objectives[0], 0, plain, 0)]
-    for seed in range(config.seeds):
-        for objective in comparison.objectives:
-            for one in sized:
-                name = f"{one.contender.label}-{objective}-seed{seed}"
-                recipe = one.contender.recipe
-                data = recipe.data.model_copy(update={"objective": objective})
-                changes = {"adapter": one.adapter, "data": data, "seed": seed, "output_dir": str(out / "runs" / name)}
-                tokens = config.dividend_tokens if seed == 0 else 0
-                runs.append(
-                    planned(name, one.contender.label, objective, seed, recipe.model_copy(update=changes), tokens)
-                )
-    return runs
+def _task(comparison: Comparison, recipe: Recipe, *, trained: bool, trial: bool = False, first: bool = False) -> Task:
+    """Returns what a process is to do; of a trial nothing is measured but what its training says."""
+    config = comparison.config
+    return Task(
+        recipe=dump_recipe(recipe),
+        trained=trained,
+        benchmarks=() if trial else tuple(config.benchmarks),
+        data_dir=None if config.data_dir is None else str(Path(config.data_dir).absolute()),
+        limit=config.limit,
+        general=None if trial or config.general_text is None else config.general_text.model_dump_json(),
+        general_tokens=config.general_tokens,
+        dividend_tokens=config.dividend_tokens if first and not trial else 0,
+    )
 
 
 def run_all(runs: list[Planned], out: Path, jobs: int, say: Callable[[str], None]) -> None:
@@ -157,13 +203,22 @@ def _finished(runs: list[Planned], out: Path, jobs: int, threads: int) -> Iterat
                 raise SmoreError(
                     f"the process of {run.name} or of one beside it was killed", "the same command goes on"
                 ) from None
+            except Diverged as error:
+                if not run.trial:
+                    raise _named(run, out, error) from None
+                yield run, {"diverged": error.message, "seconds": 0.0}
             except Interrupted as error:
                 raise Interrupted(f"{run.name}: {error.message}", "the same command goes on") from None
             except SmoreError as error:
-                log = out / "logs" / f"{run.name}.log"
-                raise SmoreError(f"{run.name}: {error.message}", f"{error.hint or 'see'} ({log})") from None
+                raise _named(run, out, error) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _named(run: Planned, out: Path, error: SmoreError) -> SmoreError:
+    """Returns the error of a run with its name and log."""
+    log = out / "logs" / f"{run.name}.log"
+    return SmoreError(f"{run.name}: {error.message}", f"{error.hint or 'see'} ({log})")
 
 
 def _time(seconds: float) -> str:

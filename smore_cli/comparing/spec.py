@@ -63,6 +63,17 @@ class CompareConfig(Section):
         ]
         | None
     ) = None
+    learning_rate_factors: (
+        Annotated[
+            list[Annotated[float, Field(gt=0)]],
+            Field(
+                description="each method is tried with these multiples of its learning rates on the first seed, and "
+                "keeps the one with the least held-out loss; default: the given rates",
+                min_length=2,
+            ),
+        ]
+        | None
+    ) = None
     benchmarks: Annotated[list[str], Field(description="names as in `smore eval --benchmark`")] = Field(
         default_factory=list
     )

@@ -11,10 +11,11 @@ import numpy as np
 from smore_cli.comparing.bootstrap import Interval, paired_bootstrap
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from smore_cli.comparing.runs import Planned
     from smore_cli.comparing.sizes import Sized
+    from smore_cli.comparing.tuning import Tuned
 
 __all__ = ["Backbone", "Row", "Score", "Summary", "summarise"]
 
@@ -53,6 +54,8 @@ class Row:
         step_ratio, memory_ratio: to the baseline's run of the same seed, median over seeds; of separate runs.
         perplexity: of general text, mean over seeds; None: not asked for.
         dividend: the routing dividend of seed 0 (`routing.dividend`); None: not asked for.
+        learning_rate: the peak of its runs.
+        tried: (learning rate, held-out loss) of the trials it was chosen by; None: it diverged.
     """
 
     label: str
@@ -68,6 +71,13 @@ class Row:
     memory_ratio: float
     perplexity: float | None
     dividend: dict[str, Any] | None
+    learning_rate: float
+    tried: list[tuple[float, float | None]]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether its learning rate is the least or the largest of those tried: the best may lie beyond."""
+        return bool(self.tried) and self.learning_rate in (self.tried[0][0], self.tried[-1][0])
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,13 @@ class Summary:
         return asdict(self)
 
 
-def summarise(title: str, sized: Sequence[Sized], runs: Sequence[Planned], results: dict[str, Result]) -> Summary:
+def summarise(
+    title: str,
+    sized: Sequence[Sized],
+    runs: Sequence[Planned],
+    results: dict[str, Result],
+    tuned: Mapping[tuple[str, str], Tuned],
+) -> Summary:
     """Returns the summary of a comparison whose runs are all done.
 
     Args:
@@ -115,19 +131,25 @@ def summarise(title: str, sized: Sequence[Sized], runs: Sequence[Planned], resul
         sized: the methods, the baseline first.
         runs: all of them.
         results: what was measured, by run.
+        tuned: how learning rates were chosen, by label and objective; may be empty.
     """
     plain = results["backbone"]
     metrics = {task: next(iter(found)) for task, found in plain["tasks"].items()}
     rows: dict[str, list[Row]] = {}
     for objective in dict.fromkeys(run.objective for run in runs if run.label is not None):
-        by_label = {
+        planned = {
             one.contender.label: [
-                results[run.name] for run in runs if run.label == one.contender.label and run.objective == objective
+                run for run in runs if run.label == one.contender.label and run.objective == objective
             ]
             for one in sized
         }
+        by_label = {label: [results[run.name] for run in some] for label, some in planned.items()}
         against = by_label[sized[0].contender.label]
-        rows[objective] = [_row(one, by_label[one.contender.label], against, metrics) for one in sized]
+        for one in sized:
+            label = one.contender.label
+            tried = tuned[label, objective].tried if (label, objective) in tuned else []
+            rate = planned[label][0].learning_rate
+            rows.setdefault(objective, []).append(_row(one, by_label[label], against, metrics, rate, tried))
     trained = [results[run.name] for run in runs if run.label is not None]
     return Summary(
         title=title,
@@ -146,7 +168,14 @@ def _backbone_scores(plain: Result, metrics: dict[str, str]) -> dict[str, float]
     return scores | ({"mean": fmean(scores.values())} if len(scores) > 1 else {})
 
 
-def _row(one: Sized, ours: list[Result], against: list[Result], metrics: dict[str, str]) -> Row:
+def _row(
+    one: Sized,
+    ours: list[Result],
+    against: list[Result],
+    metrics: dict[str, str],
+    learning_rate: float,
+    tried: list[tuple[float, float | None]],
+) -> Row:
     final = [result["curve"][-1][1] for result in ours if result["curve"]]
     reached = [_tokens_to(result, base) for result, base in zip(ours, against, strict=True)]
     perplexities = [result["perplexity"] for result in ours]
@@ -164,6 +193,8 @@ def _row(one: Sized, ours: list[Result], against: list[Result], metrics: dict[st
         memory_ratio=_ratio(ours, against, "peak_memory_bytes"),
         perplexity=None if None in perplexities else fmean(perplexities),
         dividend=ours[0]["dividend"],
+        learning_rate=learning_rate,
+        tried=tried,
     )
 
 

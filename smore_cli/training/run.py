@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.atomic import write_text, writing
-from smore_cli.errors import CheckpointError, SmoreError, UsageError
+from smore_cli.errors import CheckpointError, Diverged, UsageError
 from smore_cli.models.adapter_files import save_adapter
 from smore_cli.models.tokenizer_files import save_tokenizer
 from smore_cli.planning.compare import compare
@@ -156,7 +156,7 @@ class Run:
 
         Raises:
             CheckpointError: it could not be written; with `last_chance` it says where the state is now.
-            SmoreError: the run has come to numbers that are not finite; no checkpoint makes room for one of these.
+            Diverged: the run has come to numbers that are not finite; no checkpoint makes room for one of these.
         """
         self.require_finite()
         if self.saved is not None and self.saved.name == f"checkpoint-{self.state.step}":
@@ -173,13 +173,13 @@ class Run:
         """Ends a run whose loss since the last line of metrics, or whose newest gradient, is not finite.
 
         Raises:
-            SmoreError: in every process, as all know the same numbers.
+            Diverged: in every process, as all know the same numbers.
         """
         numbers = {"loss": sum(float(step.loss) for step in self.window.steps)}
         numbers["norm of the gradient"] = float(self.latest.get("grad_norm", 0.0))
         for name, value in numbers.items():
             if not math.isfinite(value):
-                raise SmoreError(
+                raise Diverged(
                     f"the {name} is {value} at step {self.state.step}",
                     "lower train.learning_rate, or go on from an earlier checkpoint with --resume",
                 )

@@ -119,3 +119,29 @@ def test_a_dividend_without_held_out_rows_is_refused_before_anything_runs(spec: 
     done = _run(spec, "--set", "data.eval=null", "--set", "eval.steps=null")
     assert done.returncode == 2 and "held-out rows, of which there are none" in done.stderr
     assert not (spec.parent / "compare").exists()
+
+
+def test_every_method_goes_on_with_the_learning_rate_that_did_best(spec: Path) -> None:
+    out = spec.parent / "compare"
+    grid = ["--set", "compare.learning_rate_factors=[0.001, 30, 1e30]", "--set", "compare.benchmarks=[]"]
+    plan = _run(spec, *grid, "--dry-run")
+    assert "before them 6 trials of learning rates" in plan.stdout
+    done = _run(spec, *grid, "--json", "--set", "compare.dividend_tokens=0")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout)["rows"]["completion"]:
+        (low, slow), (high, fast), (_, diverged) = row["tried"]
+        assert low == pytest.approx(2e-7) and high == pytest.approx(6e-3) and diverged is None
+        assert fast < slow and row["learning_rate"] == high
+        trial = json.loads((out / f"found/{row['label']}-completion-seed0-lr30.json").read_text())
+        first = json.loads((out / f"found/{row['label']}-completion-seed0.json").read_text())
+        assert trial["curve"][-1][1] == fast and trial["curve"] == first["curve"]
+        assert trial["step_seconds"] == first["step_seconds"]  # the trial itself, not trained again
+        assert not (out / f"runs/{row['label']}-completion-seed0").exists()
+        recipe = yaml.safe_load((out / f"runs/{row['label']}-completion-seed1/resolved.yaml").read_text())
+        assert recipe["train"]["learning_rate"] == high
+
+
+def test_learning_rates_without_held_out_rows_are_refused(spec: Path) -> None:
+    values = ["compare.learning_rate_factors=[1, 3]", "data.eval=null", "eval.steps=null", "compare.dividend_tokens=0"]
+    done = _run(spec, *(part for value in values for part in ("--set", value)))
+    assert done.returncode == 2 and "chosen by the loss on held-out rows, of which there are none" in done.stderr
