@@ -86,7 +86,7 @@ def solve_layer(
             missed = found.missed if factors is None else squared_error(moments, path, *factors)
             kept = None if factors is None else tuple(each.float().cpu() for each in factors)
             add_update(base, D, found.bias)
-            share = missed / max(moments.square[path], 1e-30)
+            share = max(missed, 0.0) / max(moments.square[path], 1e-30)  # float32 sums may come out below zero
             results[path] = MapResult(share, cast("tuple[Tensor, Tensor] | None", kept))
     return results
 
