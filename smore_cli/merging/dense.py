@@ -95,9 +95,13 @@ def add_update(base: Any, D: Tensor, bias: Tensor | None = None) -> None:
 
 @torch.no_grad()
 def set_weight(base: Any, weight: Tensor) -> None:
-    """Writes a weight (d_out, d_in) into a linear map; GPT-2's `Conv1D` holds it as (d_in, d_out)."""
+    """Gives a linear map a weight (d_out, d_in); GPT-2's `Conv1D` holds it as (d_in, d_out).
+
+    The old one is let go, not written over: it is a piece of the backbone's mapped file, whose changed pages would stay
+    in memory as long as anything of that file is in use.
+    """
     weight = weight.t() if type(base).__name__ == "Conv1D" else weight
-    base.weight.copy_(weight.to(base.weight.dtype))
+    base.weight.data = weight.to(base.weight).contiguous()
 
 
 def _untie(model: PreTrainedModel, module: AdaptedModule) -> None:

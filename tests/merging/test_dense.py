@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from smore_cli.errors import UsageError
-from smore_cli.merging.dense import fold
+from smore_cli.merging.dense import add_update, fold
 from smore_cli.merging.merge import merge
 from smore_cli.methods import MethodConfig
 from smore_cli.methods.lora import LoRAConfig
@@ -99,6 +100,17 @@ def test_the_weight_is_rounded_once(tiny_llama: Path) -> None:
     exact = layer.weight.double() + 2.0 * adapter.lora_B.double() @ adapter.lora_A.double()
     fold(model)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, exact.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_the_old_weight_is_let_go_and_not_written_over(kind: str) -> None:
+    """It is a piece of the backbone's mapped file: changed pages would stay in memory."""
+    base = torch.nn.Linear(4, 3) if kind == "linear" else Conv1D(3, 4)
+    old = base.weight.data
+    kept, D = old.clone(), torch.ones(3, 4, dtype=torch.float64)
+    add_update(base, D)
+    torch.testing.assert_close(base.weight.data, kept + 1)
+    assert torch.equal(old, kept) and base.weight.is_contiguous()
 
 
 def test_doras_weight_is_normalised_in_float64_and_rounded_once(tiny_llama: Path) -> None:
