@@ -139,7 +139,7 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("stage", (2, 3))
     def test_a_run_that_diverges_is_ended_as_it_is_without_deepspeed(self, pair: Found, stage: int) -> None:
         _, found = pair
-        assert "SmoreError: the loss is" in found[0][f"wild-{stage}"]
+        assert "Diverged: the loss is" in found[0][f"wild-{stage}"]
         assert found[0][f"wild-{stage}"] == found[1][f"wild-{stage}"]
 
 
