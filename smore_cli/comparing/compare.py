@@ -61,7 +61,8 @@ def lay_out(comparison: Comparison, out: Path) -> Layout:
     """Matches the sizes and plans the runs; nothing is loaded but shapes, nothing written.
 
     Raises:
-        UsageError: sizes cannot be matched, a benchmark is unknown, or there are no held-out rows for the dividend.
+        UsageError: sizes cannot be matched, a benchmark is unknown, or there are no held-out rows for the dividend
+            or the choice of learning rates.
         DataError: questions or general text are not there.
     """
     from pathlib import Path

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from smore_cli.errors import RecipeError, UsageError
 from smore_cli.methods import load_method
@@ -87,6 +87,13 @@ class CompareConfig(Section):
         int,
         Field(description="tokens that the best static update is fitted to, for the routing dividend; 0: none", ge=0),
     ] = 8192
+
+    @field_validator("learning_rate_factors")
+    @classmethod
+    def _different(cls, factors: list[float] | None) -> list[float] | None:
+        if factors is not None and len({f"{factor:g}" for factor in factors}) < len(factors):
+            raise ValueError("two are the same to six digits, and each names the folder of a run")
+        return factors
 
 
 class _File(Section):

@@ -145,3 +145,8 @@ def test_learning_rates_without_held_out_rows_are_refused(spec: Path) -> None:
     values = ["compare.learning_rate_factors=[1, 3]", "data.eval=null", "eval.steps=null", "compare.dividend_tokens=0"]
     done = _run(spec, *(part for value in values for part in ("--set", value)))
     assert done.returncode == 2 and "chosen by the loss on held-out rows, of which there are none" in done.stderr
+
+
+def test_a_learning_rate_is_tried_once(spec: Path) -> None:
+    done = _run(spec, "--set", "compare.learning_rate_factors=[1, 3, 1.0]", "--dry-run")
+    assert done.returncode == 2 and "two are the same" in done.stderr and "learning_rate_factors" in done.stderr
