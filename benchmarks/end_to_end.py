@@ -1,6 +1,8 @@
 """`smore train` against transformers' Trainer with PEFT's LoRA: the same rows, model, optimiser and learning rate.
 
-    python benchmarks/end_to_end.py --data FOLDER          # a folder with arc_easy_train.jsonl
+    python benchmarks/end_to_end.py --data FOLDER/arc_easy_train.jsonl
+    python benchmarks/end_to_end.py --data FOLDER/gsm8k_train.jsonl --format prompt_completion \
+        --columns prompt=question completion=answer
     python benchmarks/end_to_end.py --methods mola smore   # on the bundled rows
 
 Every run is a process of its own, and the runs take turns. `tokens/s` counts real tokens, not padding, over the
@@ -89,11 +91,14 @@ def write_recipe(method: str, folder: Path, args: argparse.Namespace) -> Path:
             encoding="utf-8",
         )
         source = {"path": str(folder / "rows.jsonl")}
+    source |= {"format": args.format}
+    if args.columns:
+        source |= {"columns": dict(pair.split("=", 1) for pair in args.columns)}
     values: dict[str, Any] = {
         "version": 1,
         "model": {"name_or_path": args.model},
         "adapter": method_config(method).model_dump(mode="json", exclude_none=True),
-        "data": {"train": [{**source, "format": "multiple_choice"}]},
+        "data": {"train": [source]},
         "output_dir": str(folder),
     }
     tokenizer = load_tokenizer(Recipe.model_validate(values).model)
@@ -170,16 +175,16 @@ def _labels(row: Any) -> list[int]:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__, repeats=3)
-    parser.add_argument("--data", type=Path, help="folder with arc_easy_train.jsonl; default: the bundled rows")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="JSONL, of its first rows; default: bundled rows")
+    parser.add_argument("--format", default="multiple_choice", help="of its rows, as in a recipe's data.train")
+    parser.add_argument("--columns", nargs="*", metavar="OURS=THEIRS", help="as in a recipe's data.train")
     parser.add_argument("--model", default="smollm2-135m", help="as in a recipe's model.name_or_path")
     parser.add_argument("--methods", nargs="+", default=["mola", "smore"], choices=available_methods())
     parser.add_argument("--limit", type=int, default=160, help="training rows")
     parser.add_argument("--rows", type=int, default=16, help="rows of a batch of the Trainer")
     parser.add_argument("--worker", choices=COLLATORS, help=argparse.SUPPRESS)  # this script as one of the runs
     parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    args.data = args.data / "arc_easy_train.jsonl" if args.data else None
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

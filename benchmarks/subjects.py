@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smore_cli.data.batch import Row
+from smore_cli.kernels import use as use_kernels
 from smore_cli.methods import MethodConfig, Site, load_method
 from smore_cli.models.load import load_backbone
 from smore_cli.models.quiet import quiet
@@ -79,6 +80,7 @@ def count(module: nn.Module) -> int:
 
 def adapted_linear(base: nn.Module, config: MethodConfig, shape: tuple[int, int]) -> AdaptedModule:
     """Returns a frozen linear map (d_in, d_out) with a fresh adapter; nothing in it is zero any more."""
+    use_kernels()
     adapter = config.build(Site("linear", *shape, base=base))
     module = AdaptedModule(base)
     module.adapters["default"] = adapter.to(next(base.parameters()).device)
@@ -97,6 +99,7 @@ def peft_linear(base: nn.Module, rank: int) -> nn.Module:
 
 def with_method(model: nn.Module, config: MethodConfig) -> nn.Module:
     """Returns a model with a method's adapters, which shares the frozen weights of `model`."""
+    use_kernels()
     model = sharing(model)
     attach(model, config)
     if (prior := active_prior(model)) is not None:  # training would have found centroids; any do for time and memory

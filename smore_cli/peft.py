@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from smore_cli import __version__
 from smore_cli.errors import AdapterError, UsageError
+from smore_cli.kernels import use as use_kernels
 from smore_cli.methods import MethodConfig, available_methods, config_from_dict, load_method
 from smore_cli.models.peft_format import OUR_PEFT_TYPE
 from smore_cli.nn import AdaptedModule, adapted_modules, attach, detach, set_active
@@ -88,6 +89,7 @@ class SmorePeftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
         """Attaches a fresh adapter."""
+        use_kernels()
         attach(model, self.peft_config[adapter_name].method_config, name=adapter_name)
         self.set_adapter(self.active_adapters)  # which `attach` changed to the newest
 

@@ -6,6 +6,7 @@ import atexit
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedTokenizerFast
 
 # Read once, when the libraries are first imported, and inherited by the processes that tests start.
@@ -55,6 +58,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels_by_accident() -> Iterator[None]:
+    """What loads a backbone switches compiled kernels on for the process; the next test starts without them."""
+    yield
+    if (nn := sys.modules.get("smore_cli.nn.tree_recompute")) is not None:
+        nn.find_kernel = nn.no_kernel  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

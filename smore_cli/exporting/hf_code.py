@@ -8,17 +8,19 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from smore_cli.errors import UsageError
-from smore_cli.exporting.compare import Writer, greedy
+from smore_cli.exporting.compare import Step, Writer, greedy
 from smore_cli.exporting.formats import Options, Written
 from smore_cli.exporting.self_contained import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
 from smore_cli.exporting.source import load_dense
 from smore_cli.exporting.sources import flat_name, flat_sources
+from smore_cli.kernels import unused
 from smore_cli.merging.writing import require_room, write_model
 from smore_cli.models.adapter_files import WEIGHTS_FILE
 from smore_cli.models.load import load_skeleton
 from smore_cli.nn import detach
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -84,7 +86,7 @@ def write_hf_code(run: Run, folder: Path, options: Options) -> Written:
         use="from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER", trust_remote_code=True)',
         consumer="transformers with the folder's own code",
-        ours=lambda: greedy(load_dense(run, options.device)[0]),
+        ours=lambda: _without_kernels(greedy(load_dense(run, options.device)[0])),
         theirs=lambda _: _open(folder, options),
         tolerance=0.0,
         facts={"base_class": base, "dtype": str(model.dtype).removeprefix("torch.")},
@@ -129,6 +131,16 @@ def _entry(config: MethodConfig, model: PreTrainedModel, kind: str) -> dict[str,
         "modeling_smore.py": _MODELING.format(**names),
         "configuration_smore.py": _CONFIGURATION.format(base=type(model.config).__name__, kind=kind),
     }
+
+
+def _without_kernels(writer: Writer) -> Writer:
+    """Returns a writer that computes as the folder's code does, which is PyTorch alone: equal to the last bit."""
+
+    def write(prompt: Sequence[int], new_tokens: int) -> list[Step]:
+        with unused():
+            return writer(prompt, new_tokens)
+
+    return write
 
 
 def _open(folder: Path, options: Options) -> Writer:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smore_cli.errors import ModelError
+from smore_cli.kernels import use as use_kernels
 from smore_cli.models.device import default_device, resolve_dtype
 from smore_cli.models.placement import device_map_of, require_no_offload
 from smore_cli.models.quantised import bitsandbytes_config, make_trainable
@@ -68,6 +69,7 @@ def load_backbone(
     """
     from transformers import AutoModelForCausalLM
 
+    use_kernels()
     device = device or default_device()
     dtype = resolve_dtype(config, device)
     _check_attention(config, device)

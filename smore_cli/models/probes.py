@@ -10,9 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from smore_cli.atomic import write_text
+from smore_cli.kernels import use
+from smore_cli.methods import Site, config_from_dict
 from smore_cli.models.cache import cache_folder
 from smore_cli.models.quiet import quiet
 from smore_cli.models.source import one_line
+from smore_cli.nn import tree_recompute
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +50,7 @@ def run_probes(device: torch.device) -> list[Probe]:
         _probe(f"bfloat16 forward and backward on {device}", lambda: _bfloat16(device), required=False),
         _probe(f"4-bit (nf4) forward and backward on {device}", lambda: _four_bit(device), required=False),
         _probe("writing into the cache folder", _cache, required=True),
+        _probe("compiled kernels on the CPU (only faster)", _kernels, required=False),
     ]
 
 
@@ -101,6 +105,20 @@ def _cache() -> str:
     write_text(path, "")
     path.unlink()
     return str(folder)
+
+
+def _kernels() -> str:
+    """Compares S'MoRE's compiled core with PyTorch's."""
+    use()
+    config = config_from_dict({"method": "smore", "init": "normal"})
+    tree: Any = config.build(Site("probe", _SIZE, _SIZE))
+    latent = torch.randn(_SIZE, tree.down().height, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        parameters = [tree.get_parameter(name) for name in tree.core_names]
+        if (kernel := tree_recompute.find_kernel(tree, latent, parameters)) is None:
+            raise RuntimeError("no C compiler that works (cc, gcc, clang, $CC), or SMORE_KERNELS=0")
+        _require_close("the state", kernel.forward(latent, parameters)[0], tree.core(latent)[0].double(), 1e-4)
+    return "S'MoRE's trees, equal to PyTorch"
 
 
 def _matrices(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ Threads that spin instead took 6.0 ms on an idle machine and 316 ms beside one b
 from __future__ import annotations
 
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["one_thread"]
+__all__ = ["all_threads", "one_thread"]
 
 SMALL = 2**17
 """Numbers below which a tensor's operations are no faster on two threads than on one."""
+
+_BEFORE: ContextVar[int | None] = ContextVar("smore_threads_before", default=None)
 
 
 @contextmanager
@@ -32,7 +35,14 @@ def one_thread(like: Tensor) -> Iterator[None]:
         yield
         return
     torch.set_num_threads(1)
+    token = _BEFORE.set(threads)
     try:
         yield
     finally:
+        _BEFORE.reset(token)
         torch.set_num_threads(threads)
+
+
+def all_threads() -> int:
+    """Returns how many threads a large operation may use, within `one_thread` as outside."""
+    return _BEFORE.get() or torch.get_num_threads()

@@ -209,7 +209,7 @@ class TreeRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts, self.fanout, self.gate, self.score = list(num_experts), list(fanout), gate, score
-        self.gate_weights = gate_weights
+        self.gate_weights, self.activation = gate_weights, activation
         self.aux_coefficient = aux_coefficient
         self.down = nn.Linear(d_in, down_dim)
         self.levels = nn.ModuleList(

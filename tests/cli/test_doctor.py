@@ -11,6 +11,7 @@ import torch
 
 import smore_cli
 from smore_cli.cli import main
+from smore_cli.kernels.compiled import library
 from smore_cli.models.probes import run_probes
 
 
@@ -44,7 +45,9 @@ def test_json_tells_versions_devices_and_what_works(capsys: pytest.CaptureFixtur
         "models": {"smollm2-135m": None},
         "packages": report["cache"]["packages"],
     }
-    assert [probe["works"] for probe in report["probes"]] == [True] * 4
+    *basic, kernels = [probe["works"] for probe in report["probes"]]
+    assert basic == [True] * 4
+    assert kernels == (library("tree") is not None)  # a machine without a C compiler is in order
 
 
 def test_tables_show_the_same(capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
@@ -55,9 +58,17 @@ def test_tables_show_the_same(capsys: pytest.CaptureFixture[str], own_cache: Pat
     assert "4-bit (nf4) forward and backward on" in shown
 
 
-def test_doctor_leaves_nothing_in_the_cache(capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
+def test_doctor_leaves_nothing_in_the_cache_but_kernels(capsys: pytest.CaptureFixture[str], own_cache: Path) -> None:
     _run(capsys, "--json")
-    assert list(own_cache.iterdir()) == []
+    assert {path.name for path in own_cache.iterdir()} <= {"kernels"}
+
+
+def test_kernels_that_are_switched_off_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMORE_KERNELS", "0")
+    probe = run_probes(torch.device("cpu"))[-1]
+    assert not probe.works
+    assert not probe.required
+    assert "SMORE_KERNELS=0" in probe.detail
 
 
 def test_a_required_probe_that_fails_is_exit_code_three(
@@ -73,7 +84,7 @@ def test_a_required_probe_that_fails_is_exit_code_three(
 
 def test_a_wrong_device_is_a_result_not_a_crash() -> None:
     probes = run_probes(torch.device("meta"))  # computes shapes only, so every number is missing
-    assert [probe.works for probe in probes] == [False, False, False, True]
+    assert [probe.works for probe in probes[:4]] == [False, False, False, True]
     assert all("\n" not in probe.detail for probe in probes)
 
 

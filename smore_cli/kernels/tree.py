@@ -1,0 +1,227 @@
+"""The core of an S'MoRE tree as one C call a direction, where that is the same function: see `tree.c`.
+
+The core is some 200 operations on a few numbers a token: PyTorch spends its time on making, filling and freeing
+tensors that the next operation reads once. The kernel takes a few tokens at a time through all of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import TYPE_CHECKING, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from smore_cli.kernels.compiled import library
+from smore_cli.nn.context import current_context
+from smore_cli.nn.threads import all_threads
+from smore_cli.nn.tree_router import Choice, Picks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from smore_cli.nn.tree import Tree
+    from smore_cli.nn.tree_recompute import Gradients
+    from smore_cli.nn.tree_router import LevelRouter
+
+__all__ = ["TreeKernel", "find"]
+
+MOST_LEVELS = 8
+MOST_NODES, MOST_EXPERTS = 64, 16
+"""Larger trees go by PyTorch: the kernel works out every expert's place of every node."""
+TOKENS_A_THREAD = 64
+"""Fewer are not worth a second thread."""
+ACTIVATIONS = ("identity", "tanh", "relu")
+
+_Integers, _Pointers = ctypes.c_int32 * MOST_LEVELS, ctypes.c_void_p * MOST_LEVELS
+
+
+class _Shape(ctypes.Structure):
+    """`Shape` of tree.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("levels", "width", "latent", "act", "router_act", "dense")),
+        *((name, _Integers) for name in "srfm"),
+        ("d", ctypes.c_int32 * (MOST_LEVELS + 1)),
+        *((name, _Integers) for name in ("pool", "at", "by_pool")),
+        ("down_at", ctypes.c_int32),
+        ("scale", ctypes.c_float * MOST_LEVELS),
+    ]
+
+
+class _Picks(ctypes.Structure):
+    """`Picks` of tree.c."""
+
+    _fields_ = [(name, _Pointers) for name in ("chosen", "alpha", "logits", "probabilities")]
+
+
+def find(tree: Tree, latent: Tensor, parameters: Sequence[Tensor]) -> TreeKernel | None:
+    """Returns the kernel for a tree's core, or None where PyTorch must do it: another device, dtype or form of tree.
+
+    Args:
+        tree: any.
+        latent: (N, R) what it would be given.
+        parameters: of the names `Tree.core_names`, what it would compute with.
+    """
+    if latent.dtype != torch.float32 or not len(latent) or not all(map(_readable, (latent, *parameters))):
+        return None
+    context = current_context()
+    if context is not None and context.edit is not None:
+        return None
+    if tree not in _KERNELS:
+        compiled = library("tree") if _has_form(tree) else None
+        _KERNELS[tree] = None if compiled is None else TreeKernel(tree, compiled)
+    return _KERNELS[tree]
+
+
+_KERNELS: WeakKeyDictionary[Tree, TreeKernel | None] = WeakKeyDictionary()
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether its numbers lie in memory: nothing sharded, traced or faked."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+
+
+def _has_form(tree: Tree) -> bool:
+    """Whether tree.c has this form of tree."""
+    router = tree.router
+    return (
+        router.gate in ("switch", "dense")
+        and router.score == "dot"
+        and tree.activation_position == "all"
+        and tree.activation in ACTIVATIONS
+        and router.activation in ACTIVATIONS
+        and len(tree.num_experts) <= MOST_LEVELS
+        and max(tree.num_experts) <= MOST_EXPERTS
+        and math.prod(router.fanout) <= MOST_NODES
+        and tree.core_names == names(tree)
+    )
+
+
+class TreeKernel:
+    """The core of one tree, in float32; N tokens."""
+
+    def __init__(self, tree: Tree, compiled: ctypes.CDLL) -> None:
+        self._fanout, self._shape = list(tree.router.fanout), _shape(tree)
+        self._forward, self._backward = compiled.smore_tree_forward, compiled.smore_tree_backward
+        compiled.smore_tree_size.restype = ctypes.c_int64
+        self._size = int(compiled.smore_tree_size(ctypes.byref(self._shape)))
+
+    def forward(self, latent: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Picks]]:
+        """Returns x_L, (N, d_L), and the picks, as `Tree.core` does, from latents (N, R).
+
+        Args:
+            latent: (N, R).
+            parameters: of the names `Tree.core_names`.
+        """
+        n, shape = len(latent), self._shape
+        latent = latent.detach() if latent.stride(1) == 1 else latent.detach().contiguous()
+        state = latent.new_empty(n, shape.d[shape.levels])
+        picks = list[Picks]()
+        for l in range(shape.levels):
+            path = self._fanout[l + 1 :]
+            chosen = torch.empty(shape.f[l], *path, n, dtype=torch.int64)
+            alpha, logits, probabilities = (latent.new_empty(c, *path, n) for c in (shape.f[l], shape.s[l], shape.s[l]))
+            picks.append(Picks(Choice(chosen), alpha, logits, probabilities))
+        flat = self._flat(parameters)
+        found = _Picks()
+        for l, each in enumerate(picks):
+            found.chosen[l], found.alpha[l] = each.chosen.data_ptr(), each.alpha.data_ptr()
+            found.logits[l], found.probabilities[l] = each.logits.data_ptr(), each.probabilities.data_ptr()
+        failed = self._forward(
+            ctypes.byref(shape), _pointer(flat), _pointer(latent), ctypes.c_int64(latent.stride(0)), ctypes.c_int64(n),
+            _pointer(state), ctypes.byref(found), _threads(n),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError
+        return state, picks
+
+    def backward(
+        self, latent: Tensor, parameters: Sequence[Tensor], chosen: Sequence[Tensor], gradients: Gradients
+    ) -> list[Tensor]:
+        """Returns the gradients of the latent and of the parameters.
+
+        Args:
+            latent: (N, R) as in the forward pass.
+            parameters: as in the forward pass.
+            chosen: what was picked, of every level.
+            gradients: of what `forward` returned.
+        """
+        n, shape = len(latent), self._shape
+        latent = latent if latent.stride(1) == 1 else latent.contiguous()
+        d_state = gradients.state
+        d_state = latent.new_zeros(n, shape.d[shape.levels]) if d_state is None else d_state.contiguous()
+        picked, slopes, alive = _Picks(), _Picks(), list[Tensor]()
+        for l, (ids, given) in enumerate(zip(chosen, gradients.picks, strict=True)):
+            picked.chosen[l] = ids.data_ptr()
+            for name in ("alpha", "logits", "probabilities"):
+                if (grad := given.get(name)) is not None:
+                    alive.append(grad.contiguous())
+                    getattr(slopes, name)[l] = alive[-1].data_ptr()
+        threads = _threads(n)
+        flat, found = self._flat(parameters), latent.new_zeros(threads, self._size)
+        d_latent = latent.new_empty(n, shape.latent)
+        failed = self._backward(
+            ctypes.byref(shape), _pointer(flat), _pointer(latent), ctypes.c_int64(latent.stride(0)), ctypes.c_int64(n),
+            _pointer(d_state), ctypes.byref(picked), ctypes.byref(slopes), _pointer(d_latent), _pointer(found), threads,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError
+        sizes = [parameter.numel() for parameter in parameters]
+        each = found[0, : sum(sizes)].clone().split(sizes)  # a copy, so that the other threads' rows are freed
+        grads = [grad.view(p.shape).to(p.dtype) for grad, p in zip(each, parameters, strict=True)]
+        return [d_latent, *grads]
+
+    def _flat(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Returns all parameters in one row, and room for the tables that the kernel makes of them."""
+        flat = torch.zeros(self._size)
+        known = [parameter.detach().flatten() for parameter in parameters]
+        torch.cat(known, out=flat[: sum(map(len, known))])
+        return flat
+
+
+def names(tree: Tree) -> list[str]:
+    """The parameters of a tree's core in the order of `point` in tree.c."""
+    pools, levels = range(len(tree.B)), range(len(tree.num_experts))
+    own = ("keys", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")
+    return [
+        *(f"B.{l}" for l in pools),
+        *(f"b.{l}" for l in pools),
+        *(f"W.{l}" for l in levels[:-1]),
+        *(f"w.{l}" for l in levels[:-1]),
+        "router.down.bias",
+        *(f"router.levels.{l}.{name}" for l in levels for name in own),
+    ]
+
+
+def _shape(tree: Tree) -> _Shape:
+    router, levels = tree.router, len(tree.num_experts)
+    shape = _Shape()
+    shape.levels, shape.width = levels, router.down.out_features
+    shape.act, shape.router_act = ACTIVATIONS.index(tree.activation), ACTIVATIONS.index(router.activation)
+    shape.dense = router.gate == "dense"
+    at, starts = 0, list[int]()
+    for a in tree.a:
+        starts.append(at)
+        at += a.numel()
+    shape.down_at, shape.latent = at, at + router.down.out_features
+    for l in range(levels):
+        pool = 0 if tree.shared_pool else l
+        shape.s[l], shape.r[l], shape.f[l] = tree.num_experts[l], tree.rank[l], router.fanout[l]
+        shape.m[l] = cast("LevelRouter", router.levels[l]).keys.shape[1]
+        shape.pool[l], shape.at[l], shape.scale[l] = pool, starts[pool], tree.level_scale[l]
+        single = router.gate_weights == "released" and router.fanout[l] == 1  # has its raw probability
+        shape.by_pool[l] = shape.dense or single or router.gate_weights == "pool"
+    for l, width in enumerate(tree.widths):
+        shape.d[l] = width
+    return shape
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _threads(tokens: int) -> int:
+    return max(1, min(all_threads(), tokens // TOKENS_A_THREAD))

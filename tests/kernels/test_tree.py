@@ -1,0 +1,226 @@
+"""The compiled core of a tree is the core of `nn/tree.py`, whose equations have oracle tests of their own."""
+
+from __future__ import annotations
+
+import itertools
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import torch
+
+from smore_cli import kernels
+from smore_cli.kernels import compiled
+from smore_cli.kernels import tree as tree_kernel
+from smore_cli.methods import Site
+from smore_cli.methods.smore import SMoREConfig
+from smore_cli.nn import AdapterContext, tree_recompute
+from smore_cli.nn.gate_edit import GateEdit
+from tests.nn.trees import randomise_
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smore_cli.nn.tree import Tree
+
+pytestmark = pytest.mark.skipif(compiled.library("tree") is None, reason="no C compiler on this machine")
+
+FORMS: dict[str, dict[str, Any]] = {
+    "as by default": {},
+    "one level": {"rank": [3], "num_experts": [5], "fanout": [2]},
+    "three levels": {"rank": [8, 4, 3], "num_experts": [4, 3, 5], "fanout": [2, 3, 2], "alpha": [4.0, 2.0, 9.0]},
+    "four levels": {"rank": [2, 1, 2, 1], "num_experts": [3, 2, 4, 2], "fanout": [2, 1, 2, 2]},
+    "relu, tanh in the router": {"activation": "relu", "router_activation": "tanh"},
+    "identity": {"activation": "identity", "router_activation": "identity"},
+    "dense": {"gate": "dense", "num_experts": [3, 2]},
+    "pool weights": {"gate_weights": "pool"},
+    "single children": {"fanout": [1, 1]},
+    "a single child on top": {"fanout": [2, 1]},
+    "selected weights": {"gate_weights": "selected", "fanout": [2, 1]},
+    "odd widths": {"fanout": [1, 2], "rank": [3, 5], "router_dim": 7, "key_dim": 13},
+    "shared pool": {"shared_pool": True, "rank": [2, 2, 2], "num_experts": [4, 4, 4], "fanout": [2, 2, 2]},
+    "one expert": {"num_experts": [4, 1], "fanout": [2, 1]},
+}
+OTHER_FORMS: dict[str, dict[str, Any]] = {
+    "noise": {"gate": "noisy_topk"},
+    "cosine": {"score": "cosine"},
+    "star": {"activation_position": "child_v2"},
+    "prelu": {"activation": "prelu"},
+    "prelu in the router": {"router_activation": "prelu"},
+    "many experts": {"num_experts": [4, 17]},
+    "many nodes": {"rank": [1, 1, 1], "num_experts": [5, 5, 5], "fanout": [5, 5, 3]},
+}
+
+
+def make(**fields: Any) -> Tree:
+    torch.manual_seed(0)
+    tree = cast("Tree", SMoREConfig(init="normal", **fields).build(Site("site", 24, 20)))
+    randomise_(tree)
+    return tree
+
+
+def step(tree: Tree, latent: Tensor, slope: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the state, the balance loss and all gradients; and how often each expert was picked."""
+    latent = latent.clone().requires_grad_()
+    with AdapterContext(token_mask=mask) as context:
+        state = tree.middle(latent)
+    aux = context.aux_loss()
+    parameters = [attrgetter(name)(tree) for name in tree.core_names]
+    found = torch.autograd.grad((state * slope).sum() + 30 * aux, [latent, *parameters])
+    return [state.detach(), aux.detach(), *found], [each.load for each in context.loads]
+
+
+def kernel_of(tree: Tree, latent: Tensor) -> tree_kernel.TreeKernel | None:
+    return tree_kernel.find(tree, latent, [attrgetter(name)(tree) for name in tree.core_names])
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 200])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_kernel_computes_what_the_equations_give_in_float64(form: str, tokens: int) -> None:
+    tree = make(**FORMS[form])
+    latent, slope = torch.randn(tokens, tree.down().height), torch.randn(tokens, tree.widths[-1])
+    mask = torch.arange(tokens) % 5 != 3
+    kernels.use()
+    assert kernel_of(tree, latent) is not None
+    found, loads = step(tree, latent, slope, mask)
+    exact, exact_loads = step(tree.double(), latent.double(), slope.double(), mask)  # float64 goes by PyTorch
+    for name, a, b in zip(["state", "aux", "latent", *tree.core_names], found, exact, strict=True):
+        assert a.dtype == torch.float32
+        scale = max(float(b.abs().max()), 0.1)  # gradients that nearly vanish are sums of larger terms
+        assert float((a - b).abs().max()) < 5e-5 * scale, name
+    for a, b in zip(loads, exact_loads, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_other_forms_of_tree_go_by_pytorch(form: str) -> None:
+    tree = make(**OTHER_FORMS[form])
+    assert kernel_of(tree, torch.randn(4, tree.down().height)) is None
+
+
+def test_what_the_kernel_cannot_read_goes_by_pytorch() -> None:
+    tree = make()
+    latent = torch.randn(4, tree.down().height)
+    assert kernel_of(tree, latent) is not None
+    assert kernel_of(tree, latent[:0]) is None
+    assert kernel_of(tree, latent.double()) is None
+    assert kernel_of(tree, latent.to("meta")) is None
+    edit = GateEdit("ablate", (0,), frozenset([tree.router]), 0)
+    with AdapterContext(edit=edit):
+        assert kernel_of(tree, latent) is None
+
+
+def test_children_are_picked_as_by_pytorch_and_ties_too() -> None:
+    tree = make()
+    latent = torch.randn(300, tree.down().height)
+    with torch.no_grad():
+        for level in tree.router.levels:
+            level.keys[1] = level.keys[0]  # type: ignore[index]
+        kernel = kernel_of(tree, latent)
+        assert kernel is not None
+        state, picks = kernel.forward(latent, [attrgetter(name)(tree) for name in tree.core_names])
+        for picked in picks:
+            best = picked.logits.topk(2, dim=0).values
+            torch.testing.assert_close(picked.logits.gather(0, picked.chosen), best, rtol=0, atol=0)
+            assert (picked.chosen[0] != picked.chosen[1]).all()
+            torch.testing.assert_close(picked.probabilities, picked.logits.softmax(0))
+            torch.testing.assert_close(picked.alpha, best.softmax(0))
+        again = tree.core(latent, [picked.choice for picked in picks])[0]
+    torch.testing.assert_close(state, again)
+
+
+def test_a_tokens_numbers_depend_on_no_other_token_and_on_no_thread() -> None:
+    tree = make()
+    latent, slope = torch.randn(333, tree.down().height), torch.randn(333, tree.widths[-1])
+    parameters = [attrgetter(name)(tree).detach() for name in tree.core_names]
+    kernel = kernel_of(tree, latent)
+    assert kernel is not None
+    gradients = tree_recompute.Gradients(slope, [{}, {}])
+
+    def run(rows: slice) -> tuple[Tensor, Tensor]:
+        state, picks = kernel.forward(latent[rows], parameters)
+        own = tree_recompute.Gradients(gradients.state[rows], gradients.picks)  # type: ignore[index]
+        return state, kernel.backward(latent[rows], parameters, [p.chosen for p in picks], own)[0]
+
+    whole = run(slice(None))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        more = run(slice(None))
+    finally:
+        torch.set_num_threads(threads)
+    parts = [run(slice(at, at + 37)) for at in range(0, 333, 37)]
+    for i in range(2):
+        assert torch.equal(whole[i], more[i])
+        assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+
+
+def test_a_latent_with_other_strides_is_the_same() -> None:
+    tree = make()
+    wide = torch.randn(70, 3 * tree.down().height)
+    latent = wide[:, 5 : 5 + tree.down().height]
+    turned = latent.t().contiguous().t()
+    slope, mask = torch.randn(70, tree.widths[-1]), torch.ones(70)
+    kernels.use()
+    found = [step(tree, each, slope, mask)[0] for each in (latent.contiguous(), turned)]
+    with torch.no_grad():
+        states = [tree.middle(each) for each in (latent, turned)]
+    for a, b in itertools.chain(zip(*found, strict=True), [(found[0][0], state) for state in states]):
+        assert torch.equal(a, b)
+
+
+def test_not_a_number_stays_one() -> None:
+    """A run that diverges must be seen to."""
+    tree = make()
+    latent = torch.randn(40, tree.down().height)
+    for column in (0, -1):  # of a leaf, of the router
+        bad = latent.clone()
+        bad[7, column] = torch.nan
+        kernel = kernel_of(tree, bad)
+        assert kernel is not None
+        state = kernel.forward(bad, [attrgetter(name)(tree).detach() for name in tree.core_names])[0]
+        assert state[7].isnan().any()
+        assert state.isnan().any(1).sum() == 1
+
+
+def test_large_numbers_saturate() -> None:
+    tree = make()
+    latent = 1e4 * torch.randn(40, tree.down().height)
+    kernels.use()
+    with torch.no_grad():
+        state = tree.middle(latent)
+    assert state.isfinite().all()
+    torch.testing.assert_close(state, tree.double().middle(latent.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_parameter_changed_between_the_passes_is_an_error() -> None:
+    tree = make()
+    kernels.use()
+    state = tree.middle(torch.randn(4, tree.down().height).requires_grad_())
+    with torch.no_grad():
+        tree.W[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        state.sum().backward()
+
+
+def test_frozen_parameters_have_no_gradient() -> None:
+    tree = make()
+    tree.W.requires_grad_(False)
+    kernels.use()
+    tree.middle(torch.randn(4, tree.down().height)).sum().backward()
+    assert tree.W[0].grad is None
+    assert tree.B[0].grad is not None
+
+
+def test_kernels_are_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMORE_KERNELS", "0")
+    kernels.use()
+    assert tree_recompute.find_kernel is tree_recompute.no_kernel
+
+
+def test_unused_is_for_a_block_of_code() -> None:
+    kernels.use()
+    used = tree_recompute.find_kernel
+    with kernels.unused():
+        assert tree_recompute.find_kernel is tree_recompute.no_kernel
+    assert tree_recompute.find_kernel is used
