@@ -34,6 +34,7 @@ from subjects import (
 from smore_cli.data.batch import collate
 from smore_cli.methods import available_methods, load_method
 from smore_cli.training.objective import Objective
+from smore_cli.training.optim import take_step
 from smore_cli.training.setup import enable_checkpointing
 from smore_cli.training.step import accumulate_gradients
 
@@ -75,9 +76,7 @@ class Step:
                 device=torch.device(self.device), backward=torch.Tensor.backward,
             )  # fmt: skip
         if self.optimizer is not None:
-            torch.nn.utils.clip_grad_norm_(trainable(self.model), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            take_step(self.optimizer, list(trainable(self.model)), 1.0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -61,7 +61,7 @@ typedef struct { /* (s or f, P, N) of each level, tokens innermost; as gradients
 typedef struct { /* of one block, all [..][T] */
     float *h, *x_down;
     float *token, *hidden[LEVELS], *logits[LEVELS], *prob[LEVELS], *onehot[LEVELS], *alpha[LEVELS];
-    float *e[LEVELS], *out[LEVELS], *x[LEVELS + 1], *gate, *sum;
+    float *e[LEVELS], *out[LEVELS], *x[LEVELS + 1], *gate;
     float *dh, *dx_down, *dx[LEVELS + 1], *de, *dz, *dalpha[LEVELS], *dlogits, *dhidden, *dtoken, *dgate, *turned;
 } Block;
 
@@ -116,14 +116,6 @@ static void add_each(float *out, const float *bias, int rows, float scale) {
     for (int i = 0; i < rows; i++) EACH_TOKEN out[i * T + t] += scale * bias[i];
 }
 
-static void add_row_sums(float *g, const float *a, int rows) {
-    for (int i = 0; i < rows; i++) {
-        float sum = 0;
-        EACH_TOKEN sum += a[i * T + t];
-        g[i] += sum;
-    }
-}
-
 static void add_weighted(float *out, const float *a, const float *weight, int rows) { /* weight: (T) */
     for (int i = 0; i < rows; i++) EACH_TOKEN out[i * T + t] += weight[t] * a[i * T + t];
 }
@@ -132,9 +124,18 @@ static void add_dots(float *out, const float *a, const float *b, int rows) { /* 
     for (int i = 0; i < rows; i++) EACH_TOKEN out[t] += a[i * T + t] * b[i * T + t];
 }
 
-/* --------------------------------------------------------------------------------------------------- the two products */
-
 static inline vec load(const float *p) { return *(const vec *)p; }
+
+static void add_row_sums(float *g, const float *a, int rows) {
+    for (int i = 0; i < rows; i++) {
+        vec sum = {0};
+        for (int t = 0; t < T; t += LANES) sum += load(a + i * T + t);
+        for (int j = 1; j < LANES; j++) sum[0] += sum[j];
+        g[i] += sum[0];
+    }
+}
+
+/* --------------------------------------------------------------------------------------------------- the two products */
 
 static inline void product_rows(
     float *out, const float *W, long row, long col, int rows, int k, const float *in, float scale) {
@@ -304,7 +305,7 @@ static long lay_out(const Shape *q, Block *z, float *at) {
         e = most(e, (long)q->s[l] * q->d[l + 1]), ps = most(ps, P * q->s[l]);
     }
     z->token = take(&rest, m), z->dtoken = take(&rest, m), z->dhidden = take(&rest, m);
-    z->sum = take(&rest, 1), z->dlogits = take(&rest, s), z->de = take(&rest, e), z->dz = take(&rest, d);
+    z->dlogits = take(&rest, s), z->de = take(&rest, e), z->dz = take(&rest, d);
     z->gate = take(&rest, ps), z->dgate = take(&rest, s);
     z->turned = take(&rest, most(most(d, m), most(q->width, s)) + LANES);
     z->dh = take(&rest, q->latent);

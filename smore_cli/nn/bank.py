@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smore_cli.nn.context import current_context
 from smore_cli.nn.factored import Factored
 from smore_cli.nn.grouped import add_grouped, grouping_pays
-from smore_cli.nn.router import Router, report
+from smore_cli.nn.routed_block import routed_block
+from smore_cli.nn.router import Router, Routing, report
 from smore_cli.nn.selection import TopK
 from smore_cli.nn.wide import Down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from smore_cli.nn.router import RouterLoss, Routing
+    from smore_cli.nn.router import RouterLoss
 
 __all__ = ["BLOCK_EXPERTS", "Bank", "block"]
 
@@ -115,12 +117,25 @@ class Bank(Factored):
 
     def middle(self, latent: Tensor) -> Tensor:
         """Maps A x (N, R_a), with the router's logits beside it where it reads x, to core(A x, gates) (N, R_b)."""
+        if self._one_node():
+            rows, select = len(self.A), self.router.select
+            mixed, probabilities, gates, picked = routed_block(latent, rows, select)
+            routing = Routing(latent[:, None, rows:], probabilities, gates, picked, latent[:, :rows])
+            self._reported(routing)
+            return mixed
         if self.router_input == "input":
             latent, logits = latent.split([len(self.A), latent.shape[1] - len(self.A)], 1)
             routing = self.router.route(logits)
         else:
             routing = self.router(latent)
         return self.mix(latent, self._reported(replace(routing, latent=latent)))
+
+    def _one_node(self) -> bool:
+        """Whether everything between the wide products is what `routed_block` does."""
+        router, context = self.router, current_context()
+        plain = type(router) is Router and router.groups == 1 and self.router_input == "input"
+        edited = context is not None and context.edit is not None
+        return plain and self.core is block and type(self).mix is Bank.mix and not edited
 
     def added(self, x: Tensor, y: Tensor, latent: Tensor) -> Tensor:
         """See `Factored.added`; of picked experts that are computed by themselves `latent` is the router's logits."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from smore_cli.nn.balance import masked_sum
-from smore_cli.nn.selection import TopP, gated
+from smore_cli.nn.selection import Selector, TopP
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ class Entropy:
 
 
 @dataclass(frozen=True)
-class EntropyHybrid:
+class EntropyHybrid(Selector):
     """Every expert for a token whose router is unsure, else the selection `sparse` (DynMoLE).
 
     Attributes:
@@ -97,13 +97,18 @@ class EntropyHybrid:
     entropy: Entropy
     threshold: float
 
-    def __call__(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns gates and mask."""
+    @property
+    def renormalise(self) -> bool:  # type: ignore[override]
+        """As the selection at low entropy says."""
+        return self.sparse.renormalise
+
+    def mask(self, probabilities: Tensor) -> Tensor:
+        """Returns which experts are picked, (..., s) bool."""
         picked = self.sparse.mask(probabilities)
         largest = 1.0 if self.entropy.normalised else self.entropy.largest(probabilities.shape[-1])
         if self.threshold < largest:
             picked = picked | (self.entropy(probabilities.detach()) > self.threshold)[..., None]
-        return gated(probabilities, picked, self.sparse.renormalise), picked
+        return picked
 
 
 @dataclass(frozen=True)

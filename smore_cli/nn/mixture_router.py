@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smore_cli.nn.router import Router, Routing
+from smore_cli.nn.router import Router, Routing, softmax
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class MixtureRouter(Router):
 
     def decide(self, logits: Tensor) -> Routing:
         """Routes by the logits of all routers, (N, K s + K), or (N, s) where there is one."""
-        votes = logits[:, : len(self.weight)].unflatten(1, (self.groups, self.num_experts)).softmax(-1)  # (N, K, s)
+        votes = softmax(logits[:, : len(self.weight)].unflatten(1, (self.groups, self.num_experts)))  # (N, K, s)
         if self.main is None:
             probabilities = votes
         else:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from smore_cli.nn.context import AdapterContext
     from smore_cli.nn.selection import Selector
 
-__all__ = ["Router", "RouterInit", "RouterLoss", "Routing", "report"]
+__all__ = ["Router", "RouterInit", "RouterLoss", "Routing", "report", "softmax"]
+
+FEW = 16
+"""Experts below which a softmax is faster over a leading axis."""
 
 RouterInit = Literal["kaiming", "normal", "zero"]
 
@@ -115,9 +118,19 @@ class Router(nn.Module):
     def decide(self, logits: Tensor) -> Routing:
         """Returns what the router itself makes of the logits (N, R)."""
         logits = logits.unflatten(1, (self.groups, self.num_experts))
-        probabilities = torch.softmax(logits, -1)
+        probabilities = softmax(logits)
         gates, picked = self.select(probabilities)
         return Routing(logits, probabilities, gates, picked)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Returns the softmax of (N, G, s) over experts; of few, which is slow where they lie side by side, laid out first.
+
+    At N = 1024 on a CPU: 8 experts 166 and 26 microseconds, 32 experts 55 and 86.
+    """
+    if logits.shape[-1] >= FEW:
+        return logits.softmax(-1)
+    return logits.movedim(-1, 0).softmax(0).movedim(0, -1)
 
 
 def report(

@@ -7,23 +7,32 @@ with equal probability the first goes first, on every device, so that a token's 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 __all__ = ["All", "Selector", "TopK", "TopP", "gated"]
 
 
-class Selector(Protocol):
-    """Maps probabilities (..., s) to gates (..., s) and the mask of the picked experts, None for all."""
+class Selector(ABC):
+    """Maps probabilities (..., s) to gates (..., s) and the mask of the picked experts, None for all.
+
+    Attributes:
+        renormalise: whether the gates of the picked experts are divided by their sum.
+    """
+
+    renormalise: bool
+
+    @abstractmethod
+    def mask(self, probabilities: Tensor) -> Tensor | None:
+        """Returns which experts are picked, (..., s) bool; None: every one."""
 
     def __call__(self, probabilities: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns gates and mask."""
-        ...
+        picked = self.mask(probabilities)
+        return (probabilities if picked is None else gated(probabilities, picked, self.renormalise)), picked
 
 
 def gated(probabilities: Tensor, picked: Tensor, renormalise: bool) -> Tensor:
@@ -33,25 +42,21 @@ def gated(probabilities: Tensor, picked: Tensor, renormalise: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class All:
+class All(Selector):
     """Every expert, weighted by its probability."""
 
-    def __call__(self, probabilities: Tensor) -> tuple[Tensor, None]:
-        """Returns the probabilities as they are."""
-        return probabilities, None
+    renormalise = False
+
+    def mask(self, probabilities: Tensor) -> None:
+        """Nobody is left out."""
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Selector):
     """The k most probable experts; renormalised, their weights are a softmax over their logits alone."""
 
     k: int
     renormalise: bool = True
-
-    def __call__(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns gates and mask."""
-        picked = self.mask(probabilities)
-        return gated(probabilities, picked, self.renormalise), picked
 
     def mask(self, probabilities: Tensor) -> Tensor:
         """Returns which experts are picked, (..., s) bool."""
@@ -60,7 +65,7 @@ class TopK:
 
 
 @dataclass(frozen=True)
-class TopP:
+class TopP(Selector):
     """The shortest list of most probable experts whose mass exceeds p, at least `min_k` of them.
 
     Attributes:
@@ -74,11 +79,6 @@ class TopP:
     min_k: int = 1
     crossing: bool = True
     renormalise: bool = False
-
-    def __call__(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns gates and mask."""
-        picked = self.mask(probabilities)
-        return gated(probabilities, picked, self.renormalise), picked
 
     def mask(self, probabilities: Tensor) -> Tensor:
         """Returns which experts are picked, (..., s) bool."""

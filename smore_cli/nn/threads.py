@@ -3,7 +3,9 @@
 Between the two wide products of an adapter there are dozens of operations on a few numbers a token. Threads cannot
 help them, and to wake a sleeping one takes longer than most of them: at 1024 tokens, on two cores, the core of an
 S'MoRE tree took 10.0 ms forward and backward with two threads that sleep between operations and 7.5 ms with one.
-Threads that spin instead took 6.0 ms on an idle machine and 316 ms beside one busy process.
+Threads that spin instead took 6.0 ms on an idle machine and 316 ms beside one busy process. The same holds for an
+optimiser that goes from one small tensor to the next: AdamW on the 5040 tensors (22 M numbers) of an S'MoRE adapter
+took 369 ms with two threads and 56 with one, on the 420 of a LoRA of that size 35 and 16.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -28,10 +30,10 @@ _BEFORE: ContextVar[int | None] = ContextVar("smore_threads_before", default=Non
 
 
 @contextmanager
-def one_thread(like: Tensor) -> Iterator[None]:
-    """Inside, operations on a CPU run on one thread, if the tensor they are about is small."""
+def one_thread(*about: Tensor) -> Iterator[None]:
+    """Inside, operations on a CPU run on one thread, if the tensors they are about are small on average."""
     threads = torch.get_num_threads()
-    if threads == 1 or like.device.type != "cpu" or like.numel() >= SMALL:
+    if threads == 1 or any(each.device.type != "cpu" for each in about) or _mean_size(about) >= SMALL:
         yield
         return
     torch.set_num_threads(1)
@@ -41,6 +43,10 @@ def one_thread(like: Tensor) -> Iterator[None]:
     finally:
         _BEFORE.reset(token)
         torch.set_num_threads(threads)
+
+
+def _mean_size(tensors: Sequence[Tensor]) -> float:
+    return sum(tensor.numel() for tensor in tensors) / max(len(tensors), 1)
 
 
 def all_threads() -> int:

@@ -14,6 +14,7 @@ from smore_cli.training.census import take_census
 from smore_cli.training.checkpoint import newest_complete
 from smore_cli.training.disk import require_space
 from smore_cli.training.held_out import held_out_loss
+from smore_cli.training.optim import take_step
 from smore_cli.training.out_of_memory import out_of_memory_explained
 from smore_cli.training.parallel import ALONE
 from smore_cli.training.progress import make_reporter
@@ -24,7 +25,6 @@ from smore_cli.training.run_folder import require_new, require_writable
 from smore_cli.training.same_data import require_same_data
 from smore_cli.training.same_run import require_same_run
 from smore_cli.training.setup import prepare
-from smore_cli.training.shard import clip
 from smore_cli.training.step import StepResult, accumulate_gradients
 from smore_cli.training.stopping import Stop, stop_signals
 from smore_cli.training.window import Window
@@ -202,10 +202,7 @@ class Training(Run):
         if setup.zero is not None:
             return setup.zero.step()
         limit = setup.recipe.train.max_grad_norm or math.inf
-        norm = clip([p for p in setup.model.parameters() if p.requires_grad], limit)
-        setup.optimizer.step()
-        setup.optimizer.zero_grad()
-        return norm
+        return take_step(setup.optimizer, [p for p in setup.model.parameters() if p.requires_grad], limit)
 
     def log(self) -> None:
         """Adds a line of training numbers."""

@@ -24,16 +24,19 @@ from smore_cli.errors import AdapterError, UsageError
 from smore_cli.models.quiet import quiet
 from smore_cli.nn.adapted import Adapter
 from smore_cli.nn.router import Router
+from smore_cli.nn.threads import one_thread
 from smore_cli.nn.tree_router import TreeRouter
+from smore_cli.training.shard import clip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from smore_cli.recipe.schema import TrainConfig
 
-__all__ = ["build_optimizer", "parameter_groups", "require_optimizer"]
+__all__ = ["build_optimizer", "parameter_groups", "require_optimizer", "take_step"]
 
 ROUTERS = (Router, TreeRouter)
 
@@ -74,6 +77,15 @@ def build_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
         AdapterError: LoRA+ is asked for and the method has no up-projection.
     """
     return _make(parameter_groups(model, train), train)
+
+
+def take_step(optimizer: Optimizer, parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Takes a step on gradients of norm `limit` at most, frees them, and returns what their norm was, a scalar."""
+    with one_thread(*parameters):
+        norm = clip(parameters, limit)
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
 
 
 def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:

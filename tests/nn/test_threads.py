@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from smore_cli.nn.threads import SMALL, one_thread
+from smore_cli.nn.threads import SMALL, all_threads, one_thread
 from tests.nn.trees import random_tree, rows
 
 if TYPE_CHECKING:
@@ -29,6 +29,13 @@ def test_small_tensors_get_one_thread_and_large_ones_all() -> None:
         with one_thread(torch.empty(numbers)):
             assert torch.get_num_threads() == threads
         assert torch.get_num_threads() == 2
+
+
+def test_many_tensors_are_as_small_as_they_are_on_average() -> None:
+    for numbers, threads in (([SMALL, SMALL - 2], 1), ([SMALL, SMALL], 2)):
+        with one_thread(*map(torch.empty, numbers)):
+            assert torch.get_num_threads() == threads
+            assert all_threads() == 2
 
 
 def test_an_error_inside_gives_the_threads_back() -> None:
