@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from smore_cli.nn.threads import one_thread
-from smore_cli.nn.tree_router import Choice
+from smore_cli.nn.tree_router import Choice, TreeRouter
 from smore_cli.nn.wide import without_autocast
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def recomputed(tree: Tree, latent: Tensor, names: Sequence[str]) -> tuple[Tensor
         latent: (N, R).
         names: of the parameters that the core computes with.
     """
+    if type(tree.router) is not TreeRouter:  # a mean merge puts a fixed tree there, which has no parameters
+        return tree.core(latent)
     parameters = [attrgetter(name)(tree) for name in names]  # plain tensors, where a call was lent some
     kernel = find_kernel(tree, latent, parameters)
     if not torch.is_grad_enabled():
