@@ -455,6 +455,15 @@ static void propagate(const Shape *q, const Parameters *p, Block *z) {
     }
 }
 
+/* The trees of a block's tokens: who was picked, or with `again` who was picked before, and all states. */
+static void grow(const Shape *q, const Parameters *p, Block *z, const float *latent, long stride, const Picks *again,
+                 long N, long start, int n) {
+    load_tokens(z->h, latent, stride, q->latent, start, n);
+    add_each(z->x_down, p->delta, q->width, 1);
+    route(q, p, z, again, N, start, n);
+    propagate(q, p, z);
+}
+
 /* ----------------------------------------------------------------------------------------------------------- backward */
 
 static void propagate_back(const Shape *q, const Parameters *p, Parameters *g, Block *z) {
@@ -583,15 +592,15 @@ int smore_tree_forward(const Shape *q, float *parameters, const float *latent, i
 #pragma omp parallel num_threads(threads)
     {
         Block z;
-        if (!workspace(q, &z)) failed = 1;
+        if (!workspace(q, &z)) {
+#pragma omp atomic write
+            failed = 1;
+        }
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (long start = 0; start < (failed ? 0 : N); start += T) {
             int n = N - start < T ? N - start : T, L = q->levels;
-            load_tokens(z.h, latent, stride, q->latent, start, n);
-            add_each(z.x_down, p.delta, q->width, 1);
-            route(q, &p, &z, NULL, N, start, n);
-            propagate(q, &p, &z);
+            grow(q, &p, &z, latent, stride, NULL, N, start, n);
             store_tokens(state, z.x[L], q->d[L], start, n);
             for (int l = 0; l < L; l++) {
                 long P = parents(q, l), s = q->s[l], nodes = P * q->f[l];
@@ -629,15 +638,15 @@ int smore_tree_backward(const Shape *q, float *parameters, const float *latent, 
         Block z;
         Parameters g;
         point(q, &g, gradients + thread() * size);
-        if (!workspace(q, &z)) failed = 1;
+        if (!workspace(q, &z)) {
+#pragma omp atomic write
+            failed = 1;
+        }
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (long start = 0; start < (failed ? 0 : N); start += T) {
             int n = N - start < T ? N - start : T, L = q->levels;
-            load_tokens(z.h, latent, stride, q->latent, start, n);
-            add_each(z.x_down, p.delta, q->width, 1);
-            route(q, &p, &z, picks, N, start, n);
-            propagate(q, &p, &z);
+            grow(q, &p, &z, latent, stride, picks, N, start, n);
             zero(z.dh, q->latent);
             for (int l = 0; l < L; l++) zero(z.dalpha[l], (long)parents(q, l) * q->f[l]);
             load_tokens(z.dx[L], dstate, q->d[L], q->d[L], start, n);

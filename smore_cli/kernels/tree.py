@@ -115,6 +115,9 @@ class TreeKernel:
         Args:
             latent: (N, R).
             parameters: of the names `Tree.core_names`.
+
+        Raises:
+            MemoryError: a thread's workspace does not fit, some hundred KiB.
         """
         n, shape = len(latent), self._shape
         latent = latent.detach() if latent.stride(1) == 1 else latent.detach().contiguous()
@@ -135,7 +138,7 @@ class TreeKernel:
             _pointer(state), ctypes.byref(found), _threads(n),
         )  # fmt: skip
         if failed:
-            raise MemoryError
+            raise MemoryError("no memory for the kernel of a tree's core")
         return state, picks
 
     def backward(
@@ -148,6 +151,9 @@ class TreeKernel:
             parameters: as in the forward pass.
             chosen: what was picked, of every level.
             gradients: of what `forward` returned.
+
+        Raises:
+            MemoryError: as in the forward pass.
         """
         n, shape = len(latent), self._shape
         latent = latent if latent.stride(1) == 1 else latent.contiguous()
@@ -168,7 +174,7 @@ class TreeKernel:
             _pointer(d_state), ctypes.byref(picked), ctypes.byref(slopes), _pointer(d_latent), _pointer(found), threads,
         )  # fmt: skip
         if failed:
-            raise MemoryError
+            raise MemoryError("no memory for the kernel of a tree's core")
         sizes = [parameter.numel() for parameter in parameters]
         each = found[0, : sum(sizes)].clone().split(sizes)  # a copy, so that the other threads' rows are freed
         grads = [grad.view(p.shape).to(p.dtype) for grad, p in zip(each, parameters, strict=True)]
