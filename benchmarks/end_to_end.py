@@ -7,7 +7,7 @@
 
 Every run is a process of its own, and the runs take turns. `tokens/s` counts real tokens, not padding, over the
 training loop without loading; `peak RSS` is the process's largest resident memory, loading included; `loss` the mean
-over the epoch's steps, which says that all learn the same. As many tokens a step on average in all of them:
+over the epoch's steps, which says that all learn the same. As many steps in all of them:
 
     smore         packed lines, head only where a token is learned
     HF, padded    rows in random order, each batch padded to its longest row: what the Trainer does by itself
@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -32,6 +34,7 @@ import torch
 from common import MIB, Row, arguments, report
 from subjects import equal_rank, linear_names, linear_sites, load_model, method_config
 
+from smore_cli.data.packing import pack_rows
 from smore_cli.methods import available_methods
 from smore_cli.models.load import load_tokenizer
 from smore_cli.nn.targets import find_targets, sites_of
@@ -82,7 +85,7 @@ def race(recipes: dict[str, Path], args: argparse.Namespace) -> list[Row]:
 
 
 def write_recipe(method: str, folder: Path, args: argparse.Namespace) -> Path:
-    """Writes a recipe of one epoch; a line of it holds as many tokens as a batch of the Trainer does on average."""
+    """Writes a recipe of one epoch with as many lines as the Trainer has batches."""
     if args.data is None:
         source: dict[str, Any] = {"path": "quickstart", "split": f"train[:{args.limit}]"}
     else:
@@ -103,12 +106,19 @@ def write_recipe(method: str, folder: Path, args: argparse.Namespace) -> Path:
     }
     tokenizer = load_tokenizer(Recipe.model_validate(values).model)
     lengths = [row.length for row in load_run_data(Recipe.model_validate(values), tokenizer, lambda _: None).train_rows]
-    values["data"] |= {"packing": True, "max_length": max(round(mean(lengths) * args.rows), *lengths)}
+    values["data"] |= {"packing": True, "max_length": line_length(lengths, math.ceil(len(lengths) / args.rows))}
     values["train"] = {"learning_rate": 1e-3, "epochs": 1.0, "per_device_batch_size": 1, "lr_scheduler": "constant"}
     values["train"] |= {"gradient_census": False, "logging_steps": 10_000}  # the Trainer has no such check
     path = folder / f"{method}.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     return path
+
+
+def line_length(lengths: list[int], lines: int) -> int:
+    """Returns the fewest tokens of a line of which rows of these lengths fill no more than so many."""
+    shortest = max(math.ceil(sum(lengths) / lines), *lengths)
+    fits = (n for n in count(shortest) if len(pack_rows(range(len(lengths)), lengths, n, seed=0, epoch=0)) <= lines)
+    return next(fits)
 
 
 def ours(recipe: Path, out: Path) -> dict[str, Any]:

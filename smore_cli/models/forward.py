@@ -13,6 +13,7 @@ from torch import nn
 
 from smore_cli.errors import ModelError
 from smore_cli.models.chunked_loss import Scores, head_scores, scores_of
+from smore_cli.models.document_attention import document_starts
 from smore_cli.models.logit_rule import logit_rule
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def _attention_mask(model: Any, batch: Batch) -> Tensor | dict[str, Tensor] | None:
-    """Returns a batch's mask with the model's sliding window in it.
+    """Returns a batch's mask with the model's sliding window in it; of packed lines, where documents begin.
 
     Transformers applies a window to the masks that it makes itself, and takes a dense one (of rows with branches) for
     all layers as it is: a model would be trained with a view that it never has again.
@@ -137,7 +138,9 @@ def _attention_mask(model: Any, batch: Batch) -> Tensor | dict[str, Tensor] | No
         problem = "model.attn_implementation: flash_attention_2 cannot keep the choices of a question apart"
         raise ModelError(problem, "use sdpa")
     window = getattr(config, "sliding_window", None)
-    if mask is None or mask.dim() != 4 or not window:
+    if mask is None:
+        return document_starts(config, batch.position_ids)
+    if mask.dim() != 4 or not window:
         return mask
     places = batch.position_ids  # of a branch they go on from the prompt's, wherever in the row it lies
     outside = places[:, None, :, None] - places[:, None, None, :] >= window  # (B, 1, S, S)

@@ -19,7 +19,7 @@ from smore_cli.data.batch import collate, collate_packs
 from smore_cli.errors import ModelError, SmoreError
 from smore_cli.models.source import one_line
 from smore_cli.numerics.measure import distance, measure
-from smore_cli.training.packing_probe import require_packing
+from smore_cli.training.packing_probe import prepare_packing
 from smore_cli.training.setup import enable_checkpointing
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _split(subject: Subject) -> Measured:
 
 
 def _packed(subject: Subject) -> Measured:
-    require_packing(subject.model, subject.device)  # type: ignore[arg-type]
+    prepare_packing(subject.model, subject.device)  # type: ignore[arg-type]
     packs = [[subject.rows[i] for i in pack] for pack in PACKS]
     return measure(subject, [collate_packs(packs, pad_token_id=PAD)])
 

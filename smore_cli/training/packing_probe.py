@@ -16,16 +16,49 @@ import torch
 
 from smore_cli.data.batch import Row, collate_packs
 from smore_cli.errors import ModelError
+from smore_cli.models.document_attention import attend_by_document, attend_by_mask
 from smore_cli.models.forward import target_logits
 from smore_cli.models.source import one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["require_packing"]
+    from smore_cli.data.batch import Batch
+
+__all__ = ["prepare_packing", "require_packing"]
 
 LENGTH = 8
 """Tokens of a probed document."""
+
+
+def prepare_packing(
+    model: PreTrainedModel, device: torch.device, *, branched: bool = False, flat: bool = False
+) -> None:
+    """Does what `require_packing` does, and lets a model attend document by document where that is the same.
+
+    Args:
+        model: without adapters, in evaluation mode.
+        device: where its inputs go.
+        branched: rows are questions with several choices, which are kept apart by a mask.
+        flat: all packs of a pass are laid in one line.
+
+    Raises:
+        ModelError: packed documents see one another, or the model cannot be called with packs at all.
+    """
+    require_packing(model, device, branched=branched, flat=flat)
+    if branched:
+        return
+    batch = _probe(model, branched=branched, flat=flat).to(device)
+    expected = _logits(model, batch)
+    if not attend_by_document(model):
+        return
+    try:
+        same = _apart(_logits(model, batch), expected) < _tolerance(expected)
+    except (TypeError, ValueError, RuntimeError):
+        same = False
+    if not same:
+        attend_by_mask(model)
 
 
 def require_packing(
@@ -44,23 +77,41 @@ def require_packing(
     """
     name = type(model).__name__
     hint = "set data.packing: false; train.group_by_length: true saves padding too"
+    try:
+        logits = _logits(model, _probe(model, branched=branched, flat=flat).to(device))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name} cannot be called with packed rows: {one_line(error)}", hint) from error
+    found = logits.float().view(3, -1, logits.shape[-1])
+    moved = _apart(found[1:], found[0])
+    if not moved < _tolerance(logits):
+        problem = f"{name} does not keep packed documents apart: another one before it moved a document by {moved:.1%}"
+        raise ModelError(problem, hint)
+
+
+def _probe(model: PreTrainedModel, *, branched: bool, flat: bool) -> Batch:
+    """Returns the three lines."""
     embedding: Any = model.get_input_embeddings()
     first, other, second = (
         _row(len(embedding.weight), number, learned=number == 2, branched=branched) for number in range(3)
     )
     packs = [[first, second], [other, second], [second]]
-    batch = collate_packs(packs, pad_token_id=0, mask_dtype=embedding.weight.dtype, flat=flat).to(device)
-    try:
-        with torch.no_grad():
-            logits = target_logits(model, batch)  # (3 lines x n places, vocabulary)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name} cannot be called with packed rows: {one_line(error)}", hint) from error
-    found = logits.float().view(3, -1, logits.shape[-1])
-    moved = float(((found[1:] - found[0]).norm(dim=-1) / found[0].norm(dim=-1)).max())
-    # Places differ, so kernels round differently; what attends to a foreign document is off by far more.
-    if not moved < torch.finfo(logits.dtype).eps ** 0.5:
-        problem = f"{name} does not keep packed documents apart: another one before it moved a document by {moved:.1%}"
-        raise ModelError(problem, hint)
+    return collate_packs(packs, pad_token_id=0, mask_dtype=embedding.weight.dtype, flat=flat)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return target_logits(model, batch)  # (3 lines x n places, vocabulary)
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """Returns how far the logits (..., vocabulary) of any place are from those expected, of their length."""
+    found, expected = found.float(), expected.float()
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def _tolerance(logits: Tensor) -> float:
+    """Places differ, so kernels round differently; what attends to a foreign document is off by far more."""
+    return float(torch.finfo(logits.dtype).eps ** 0.5)
 
 
 def _row(vocabulary: int, seed: int, *, learned: bool, branched: bool) -> Row:

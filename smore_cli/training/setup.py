@@ -26,7 +26,7 @@ from smore_cli.training.learning_rate import build_scheduler
 from smore_cli.training.neftune import add_neftune
 from smore_cli.training.objective import Objective
 from smore_cli.training.optim import build_optimizer, require_optimizer
-from smore_cli.training.packing_probe import require_packing
+from smore_cli.training.packing_probe import prepare_packing
 from smore_cli.training.parallel import ALONE
 from smore_cli.training.process_memory import give_back_large_blocks, resident_with_libraries
 from smore_cli.training.replicas import make_equal, share_out
@@ -188,7 +188,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None], processes: Processes = A
     model = _backbone(recipe, accelerator.device, sharded=partitioned)
     if recipe.data.packing:
         ranking = recipe.data.objective == "choice_ranking"
-        require_packing(model, model.device, branched=ranking, flat=lies_flat(recipe))
+        prepare_packing(model, model.device, branched=ranking, flat=lies_flat(recipe))
     plan = data.plan(recipe)
     targets = attach(model, recipe.adapter, seed=recipe.seed)
     for line in backbone_notices(model):

@@ -132,7 +132,7 @@ def test_what_the_backbone_cannot_do_is_not_checked(monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any, **__: Any) -> None:
         raise ModelError("it is recurrent")
 
-    monkeypatch.setattr(checks, "require_packing", refuse)
+    monkeypatch.setattr(checks, "prepare_packing", refuse)
     found = outcomes("packing")
     assert [(outcome.ok, outcome.note) for outcome in found.values()] == [(None, "it is recurrent")] * 2
 

@@ -24,11 +24,13 @@ from transformers import (
 from smore_cli.data.batch import Row, collate, collate_packs
 from smore_cli.errors import ModelError
 from smore_cli.methods import MethodConfig, load_method
+from smore_cli.models import document_attention
+from smore_cli.models.document_attention import attend_by_document
 from smore_cli.models.forward import target_logits
 from smore_cli.nn import checkpoint_contexts
 from smore_cli.nn.prior_hooks import active_prior
 from smore_cli.training.objective import Objective
-from smore_cli.training.packing_probe import require_packing
+from smore_cli.training.packing_probe import prepare_packing, require_packing
 from smore_cli.training.step import StepResult, accumulate_gradients
 from tests.nn.models import adapter_gradients, add_random
 
@@ -90,7 +92,9 @@ def rows() -> list[Row]:
 @functools.cache
 def backbone(name: str, attention: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        copy.deepcopy(CONFIGS[name]), attn_implementation=attention
+    )
     return model.requires_grad_(False).eval()
 
 
@@ -164,6 +168,61 @@ def test_packing_changes_neither_losses_nor_gradients(name: str, method: str, at
         require_same(own, gradients)
 
 
+@pytest.fixture
+def documents(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many documents every packed attention had."""
+    found: list[int] = []
+    attend = document_attention.document_attention
+
+    def counted(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> Any:
+        if mask is not None and mask.dtype == torch.long:
+            found.append(mask.numel())
+        return attend(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(document_attention, "document_attention", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("llama", "lora"), ("llama", "dynmole"), ("llama", "trex"), ("gpt2", "smore")]
+)
+def test_attention_document_by_document_changes_neither_losses_nor_gradients(
+    name: str, method: str, documents: list[int]
+) -> None:
+    model: Any = adapted(name, method)
+    expected, gradients = step(model, unpacked())
+    assert attend_by_document(model)
+    for again in (False, True):
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        for layout, make in LAYOUTS.items():
+            documents.clear()
+            batches = make()
+            found, own = step(model, batches)
+            assert set(documents) == {int((batch.position_ids == 0).sum()) for batch in batches}, layout
+            torch.testing.assert_close((found.loss, found.aux), (expected.loss, expected.aux), rtol=1e-5, atol=1e-9)
+            require_same(own, gradients)
+    documents.clear()
+    found, own = step(model, unpacked())  # padded rows, as "sdpa" has them
+    assert not documents
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-9, atol=0)
+    require_same(own, gradients)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_document_longer_than_the_models_window_has_a_mask(name: str, documents: list[int]) -> None:
+    model = copy.deepcopy(backbone(name, "sdpa"))
+    long, short = packs_of([[4, 0, 1], [2, 3]]), packs_of([[1], [1]])
+    expected = [logits(model, batch) for batch in (long, short)]
+    assert attend_by_document(model)
+    torch.testing.assert_close(logits(model, long), expected[0], rtol=0, atol=0)
+    assert not documents
+    torch.testing.assert_close(logits(model, short), expected[1], rtol=1e-4, atol=1e-5)
+    assert documents == [2, 2]
+
+
 @pytest.mark.parametrize(("name", "method"), [("gemma3", "trex"), ("llama", "loramoe")])
 def test_packing_changes_nothing_where_activations_are_recomputed(name: str, method: str) -> None:
     model = adapted(name, method)
@@ -227,6 +286,26 @@ def test_the_probe_refuses_a_backbone_with_a_running_state() -> None:
         require_packing(model, torch.device("cpu"))
     with pytest.raises(ModelError, match="MambaForCausalLM cannot be called with packed rows"):
         require_packing(model, torch.device("cpu"), branched=True)
+
+
+def test_a_model_attends_by_document_where_that_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention_of(name: str, attention: str, **options: Any) -> str:
+        model = copy.deepcopy(backbone(name, attention))
+        prepare_packing(model, torch.device("cpu"), **options)
+        return str(model.config._attn_implementation)
+
+    assert attention_of("llama", "sdpa") == attention_of("gpt2", "sdpa", flat=True) == document_attention.NAME
+    assert attention_of("llama", "eager") == "eager"
+    assert attention_of("llama", "sdpa", branched=True) == "sdpa"
+    attend = document_attention.document_attention
+
+    def blind(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+        if mask is not None and mask.dtype == torch.long:
+            mask = mask[..., :1]
+        return attend(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(document_attention, "document_attention", blind)
+    assert attention_of("llama", "sdpa", flat=True) == "sdpa"
 
 
 def test_the_probe_refuses_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
