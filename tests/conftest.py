@@ -64,8 +64,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_kernels_by_accident() -> Iterator[None]:
     """What loads a backbone switches compiled kernels on for the process; the next test starts without them."""
     yield
-    if (nn := sys.modules.get("smore_cli.nn.tree_recompute")) is not None:
-        nn.find_kernel = nn.no_kernel  # type: ignore[attr-defined]
+    for name in ("tree_recompute", "routed_block"):
+        if (nn := sys.modules.get(f"smore_cli.nn.{name}")) is not None:
+            nn.find_kernel = nn.no_kernel  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from smore_cli.nn import tree_recompute
+from smore_cli.nn import routed_block, tree_recompute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,17 +22,17 @@ def use() -> None:
     """Makes every adapter of this process that has a kernel use it, where its device and form allow."""
     if os.environ.get("SMORE_KERNELS") == "0":
         return
-    from smore_cli.kernels import tree
+    from smore_cli.kernels import block, tree
 
-    tree_recompute.find_kernel = tree.find
+    tree_recompute.find_kernel, routed_block.find_kernel = tree.find, block.find
 
 
 @contextmanager
 def unused() -> Iterator[None]:
     """Inside, PyTorch does everything."""
-    before = tree_recompute.find_kernel
-    tree_recompute.find_kernel = tree_recompute.no_kernel
+    before = tree_recompute.find_kernel, routed_block.find_kernel
+    tree_recompute.find_kernel, routed_block.find_kernel = tree_recompute.no_kernel, routed_block.no_kernel
     try:
         yield
     finally:
-        tree_recompute.find_kernel = before
+        tree_recompute.find_kernel, routed_block.find_kernel = before

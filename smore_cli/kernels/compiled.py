@@ -35,7 +35,8 @@ def library(name: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     source = Path(__file__).with_name(f"{name}.c")
-    key = hashlib.sha256("\0".join([source.read_text(encoding="utf-8"), *compiler, *FLAGS, _processor()]).encode())
+    texts = [each.read_text(encoding="utf-8") for each in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, *compiler, *FLAGS, _processor()]).encode())
 
     def build(folder: Path) -> None:
         for flags in OPENMP:

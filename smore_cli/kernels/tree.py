@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smore_cli.kernels.compiled import library
+from smore_cli.kernels.readable import pointer, readable
 from smore_cli.nn.context import current_context
 from smore_cli.nn.threads import all_threads
 from smore_cli.nn.tree_router import Choice, Picks
@@ -65,7 +66,7 @@ def find(tree: Tree, latent: Tensor, parameters: Sequence[Tensor]) -> TreeKernel
         latent: (N, R) what it would be given.
         parameters: of the names `Tree.core_names`, what it would compute with.
     """
-    if latent.dtype != torch.float32 or not len(latent) or not all(map(_readable, (latent, *parameters))):
+    if latent.dtype != torch.float32 or not len(latent) or not all(map(readable, (latent, *parameters))):
         return None
     context = current_context()
     if context is not None and context.edit is not None:
@@ -77,11 +78,6 @@ def find(tree: Tree, latent: Tensor, parameters: Sequence[Tensor]) -> TreeKernel
 
 
 _KERNELS: WeakKeyDictionary[Tree, TreeKernel | None] = WeakKeyDictionary()
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether its numbers lie in memory: nothing sharded, traced or faked."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def _has_form(tree: Tree) -> bool:
@@ -134,8 +130,8 @@ class TreeKernel:
             found.chosen[l], found.alpha[l] = each.chosen.data_ptr(), each.alpha.data_ptr()
             found.logits[l], found.probabilities[l] = each.logits.data_ptr(), each.probabilities.data_ptr()
         failed = self._forward(
-            ctypes.byref(shape), _pointer(flat), _pointer(latent), ctypes.c_int64(latent.stride(0)), ctypes.c_int64(n),
-            _pointer(state), ctypes.byref(found), _threads(n),
+            ctypes.byref(shape), pointer(flat), pointer(latent), ctypes.c_int64(latent.stride(0)), ctypes.c_int64(n),
+            pointer(state), ctypes.byref(found), _threads(n),
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the kernel of a tree's core")
@@ -170,8 +166,8 @@ class TreeKernel:
         flat, found = self._flat(parameters), latent.new_zeros(threads, self._size)
         d_latent = latent.new_empty(n, shape.latent)
         failed = self._backward(
-            ctypes.byref(shape), _pointer(flat), _pointer(latent), ctypes.c_int64(latent.stride(0)), ctypes.c_int64(n),
-            _pointer(d_state), ctypes.byref(picked), ctypes.byref(slopes), _pointer(d_latent), _pointer(found), threads,
+            ctypes.byref(shape), pointer(flat), pointer(latent), ctypes.c_int64(latent.stride(0)), ctypes.c_int64(n),
+            pointer(d_state), ctypes.byref(picked), ctypes.byref(slopes), pointer(d_latent), pointer(found), threads,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the kernel of a tree's core")
@@ -223,10 +219,6 @@ def _shape(tree: Tree) -> _Shape:
     for l, width in enumerate(tree.widths):
         shape.d[l] = width
     return shape
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _threads(tokens: int) -> int:

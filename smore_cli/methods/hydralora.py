@@ -23,14 +23,7 @@ from pydantic import Field
 from smore_cli.methods import MethodConfig, Site
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from smore_cli.nn import Adapter
-
-
-def fan(latent: Tensor, gates: Tensor) -> Tensor:
-    """Fan core, z = [w_1 h; ...; w_s h]: latent (N, r) and gates (N, 1, s) to (N, s r)."""
-    return (gates.transpose(1, 2) * latent[:, None]).flatten(1)  # (N, s, 1) * (N, 1, r)
 
 
 class HydraLoRAConfig(MethodConfig):
@@ -47,7 +40,7 @@ class HydraLoRAConfig(MethodConfig):
 
     def build(self, site: Site) -> Adapter:
         """Returns a `Bank` with a fan core."""
-        from smore_cli.nn.bank import Bank
+        from smore_cli.nn.bank import Bank, fan
         from smore_cli.nn.router import Router
 
         return Bank(

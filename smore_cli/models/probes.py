@@ -15,7 +15,9 @@ from smore_cli.methods import Site, config_from_dict
 from smore_cli.models.cache import cache_folder
 from smore_cli.models.quiet import quiet
 from smore_cli.models.source import one_line
-from smore_cli.nn import tree_recompute
+from smore_cli.nn import routed_block, tree_recompute
+from smore_cli.nn.routed_block import Form
+from smore_cli.nn.selection import TopK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +110,7 @@ def _cache() -> str:
 
 
 def _kernels() -> str:
-    """Compares S'MoRE's compiled core with PyTorch's."""
+    """Compares the compiled cores with PyTorch's."""
     use()
     config = config_from_dict({"method": "smore", "init": "normal"})
     tree: Any = config.build(Site("probe", _SIZE, _SIZE))
@@ -118,7 +120,13 @@ def _kernels() -> str:
         if (kernel := tree_recompute.find_kernel(tree, latent, parameters)) is None:
             raise RuntimeError("no C compiler that works (cc, gcc, clang, $CC), or SMORE_KERNELS=0")
         _require_close("the state", kernel.forward(latent, parameters)[0], tree.core(latent)[0].double(), 1e-4)
-    return "S'MoRE's trees, equal to PyTorch"
+        form = Form(8, 4, fan=False, select=TopK(2))
+        latent = torch.randn(_SIZE, 40, generator=torch.Generator().manual_seed(0))
+        if (block := routed_block.find_kernel(latent, form)) is None:
+            raise RuntimeError("the C compiler that made one kernel does not make another")
+        expected = routed_block.forward(latent.double(), form)[0]
+        _require_close("the mixed latent", block.forward(latent, form)[0], expected, 1e-5)
+    return "S'MoRE's trees and routed blocks, equal to PyTorch"
 
 
 def _matrices(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

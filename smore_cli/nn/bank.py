@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from smore_cli.nn.router import RouterLoss
 
-__all__ = ["BLOCK_EXPERTS", "Bank", "block"]
+__all__ = ["BLOCK_EXPERTS", "Bank", "block", "fan"]
 
 BLOCK_EXPERTS = {"A": (0, 0), "B": (0, 1)}
 """`expert_axes` of a bank whose experts have rows of A and columns of B to themselves."""
@@ -50,6 +50,19 @@ def block(latent: Tensor, gates: Tensor) -> Tensor:
     """
     s = gates.shape[-1]
     return (latent.view(len(latent), s, -1) * gates.transpose(1, 2)).flatten(1)  # (N, s, r) * (N, s, 1)
+
+
+def fan(latent: Tensor, gates: Tensor) -> Tensor:
+    """Fan core, z = [g_1 h; ...; g_s h]: all experts share A, each has its own columns of B.
+
+    Args:
+        latent: (N, r).
+        gates: (N, 1, s).
+
+    Returns:
+        (N, s r).
+    """
+    return (gates.transpose(1, 2) * latent[:, None]).flatten(1)  # (N, s, 1) * (N, 1, r)
 
 
 class Bank(Factored):
@@ -119,7 +132,7 @@ class Bank(Factored):
         """Maps A x (N, R_a), with the router's logits beside it where it reads x, to core(A x, gates) (N, R_b)."""
         if self._one_node():
             rows, select = len(self.A), self.router.select
-            mixed, probabilities, gates, picked = routed_block(latent, rows, select)
+            mixed, probabilities, gates, picked = routed_block(latent, rows, select, fan=self.core is fan)
             routing = Routing(latent[:, None, rows:], probabilities, gates, picked, latent[:, :rows])
             self._reported(routing)
             return mixed
@@ -135,7 +148,7 @@ class Bank(Factored):
         router, context = self.router, current_context()
         plain = type(router) is Router and router.groups == 1 and self.router_input == "input"
         edited = context is not None and context.edit is not None
-        return plain and self.core is block and type(self).mix is Bank.mix and not edited
+        return plain and self.core in (block, fan) and type(self).mix is Bank.mix and not edited
 
     def added(self, x: Tensor, y: Tensor, latent: Tensor) -> Tensor:
         """See `Factored.added`; of picked experts that are computed by themselves `latent` is the router's logits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from smore_cli.methods import Site
-from smore_cli.methods.hydralora import HydraLoRAConfig, fan
+from smore_cli.methods.hydralora import HydraLoRAConfig
 from smore_cli.nn.bank import Bank
 from smore_cli.nn.low_rank import LowRank
 from tests.nn.test_gradients import gradcheck
@@ -44,7 +44,7 @@ def test_equal_heads_are_plain_lora() -> None:
 
 
 def test_the_fan_core_is_a_block_core_with_a_tied_latent() -> None:
-    from smore_cli.nn.bank import block
+    from smore_cli.nn.bank import block, fan
 
     latent, gates = rows(7, 2), rows(7, 3, seed=3)[:, None]
     assert torch.equal(fan(latent, gates), block(latent.repeat(1, 3), gates))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from smore_cli.nn import AdapterContext, bank
-from smore_cli.nn.bank import Bank, block
+from smore_cli.nn.bank import Bank, block, fan
 from smore_cli.nn.entropy import Entropy, EntropyHybrid
 from smore_cli.nn.gate_edit import GateEdit
 from smore_cli.nn.routed_block import routed_block
@@ -32,22 +32,28 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
-def latents() -> Tensor:
-    return torch.randn(N, S * R + S, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+def rows(tied: bool) -> int:
+    return R if tied else S * R
 
 
-def by_parts(latent: Tensor, select: Selector) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    probabilities = latent[:, None, S * R :].softmax(-1)
+def latents(tied: bool) -> Tensor:
+    made = torch.randn(N, rows(tied) + S, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return made.requires_grad_()
+
+
+def by_parts(latent: Tensor, select: Selector, tied: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    probabilities = latent[:, None, rows(tied) :].softmax(-1)
     gates, picked = select(probabilities)
-    return block(latent[:, : S * R], gates), probabilities, gates, picked
+    return (fan if tied else block)(latent[:, : rows(tied)], gates), probabilities, gates, picked
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["block", "fan"])
 @pytest.mark.parametrize("used", [c for n in (1, 2, 3) for c in itertools.combinations(range(3), n)], ids=str)
 @pytest.mark.parametrize("name", SELECTORS)
-def test_it_is_the_composition_of_its_parts(name: str, used: tuple[int, ...]) -> None:
+def test_it_is_the_composition_of_its_parts(name: str, used: tuple[int, ...], tied: bool) -> None:
     """Whichever of the mixed latent, the probabilities and the gates the loss depends on."""
-    latent, select = latents(), SELECTORS[name]
-    found, expected = routed_block(latent, S * R, select), by_parts(latent, select)
+    latent, select = latents(tied), SELECTORS[name]
+    found, expected = routed_block(latent, rows(tied), select, fan=tied), by_parts(latent, select, tied)
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
@@ -60,16 +66,20 @@ def test_it_is_the_composition_of_its_parts(name: str, used: tuple[int, ...]) ->
     torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["block", "fan"])
 @pytest.mark.parametrize("name", SELECTORS)
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
+def test_gradients_are_those_of_finite_differences(name: str, tied: bool) -> None:
     select = SELECTORS[name]
-    assert torch.autograd.gradcheck(lambda latent: routed_block(latent, S * R, select)[:3], latents())
+    assert torch.autograd.gradcheck(
+        lambda latent: routed_block(latent, rows(tied), select, fan=tied)[:3], latents(tied)
+    )
 
 
-def test_a_bank_uses_it_unless_gates_are_edited(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Bank(6, 4, down=S * R, up=S * R, router=Router(6, S, select=TopK(2)))
+@pytest.mark.parametrize(("core", "down"), [(block, S * R), (fan, R)])
+def test_a_bank_uses_it_unless_gates_are_edited(monkeypatch: pytest.MonkeyPatch, core: Any, down: int) -> None:
+    module = Bank(6, 4, down=down, up=S * R, core=core, router=Router(6, S, select=TopK(2)))
     calls = []
-    monkeypatch.setattr(bank, "routed_block", lambda *args: calls.append(1) or routed_block(*args))
+    monkeypatch.setattr(bank, "routed_block", lambda *a, **b: calls.append(1) or routed_block(*a, **b))
     x = torch.randn(3, 6)
     module(x, torch.zeros(3, 4))
     assert len(calls) == 1

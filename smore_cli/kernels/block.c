@@ -1,0 +1,112 @@
+/* Softmax, picks, gates and the core of a flat method for a CPU, forward and backward.
+
+   The equations are those of nn/routed_block.py: of a token with latents h_e (r), the same h for all where it is a fan,
+
+       p = softmax(z)        m = the k largest, or all        g = p m [ / sum p m ]        y_e = g_e h_e
+
+   All that a token has is some forty numbers side by side, so a token goes through everything before the next one. A
+   loop over experts or ranks is what the compiler makes vectors of. */
+
+#include <stdint.h>
+
+#include "exp1.h"
+
+#define EXPERTS 64 /* most experts; MOST_EXPERTS in block.py */
+#define EACH for (int e = 0; e < s; e++)
+
+typedef struct {
+    int64_t n, stride;                /* tokens; floats from one token's latent to the next one's */
+    int32_t s, r, fan, renormalise;   /* experts, rank */
+    int32_t picks;                    /* k of the largest; 0: all experts; -1: those that `picked` says */
+    const float *latent;              /* (n, r or s r, then s logits) */
+    float *p, *g;                     /* (n, s); no g where all are picked */
+    uint8_t *picked;                  /* (n, s), none where all are */
+} Block;
+
+static inline void softmax(const float *z, float *p, int s) {
+    float most = z[0], total = 0;
+    EACH most = z[e] > most ? z[e] : most;
+    EACH p[e] = exp1(z[e] - most);
+    EACH total += p[e];
+    EACH p[e] /= total;
+}
+
+static inline void pick(const float *p, uint8_t *picked, int s, int k) { /* of equal ones the first goes first */
+    int32_t before[EXPERTS];
+    EACH before[e] = 0;
+    for (int o = 0; o < s; o++) EACH before[e] += (p[o] > p[e]) | ((p[o] == p[e]) & (o < e));
+    EACH picked[e] = before[e] < k;
+}
+
+static inline float mass(const float *p, const uint8_t *picked, int s) {
+    float total = 0;
+    EACH total += picked[e] ? p[e] : 0;
+    return total;
+}
+
+static inline __attribute__((always_inline)) void mix(const Block *b, float *out, int r) {
+    int s = b->s, step = b->fan ? 0 : r, width = b->fan ? r : s * r;
+    for (int64_t t = 0; t < b->n; t++) {
+        const float *h = b->latent + t * b->stride;
+        float *y = out + t * s * r, *p = b->p + t * s, *g = p;
+        if (b->picks >= 0) softmax(h + width, p, s);
+        if (b->picks) {
+            uint8_t *picked = b->picked + t * s;
+            if (b->picks > 0) pick(p, picked, s, b->picks);
+            float total = b->renormalise ? mass(p, picked, s) : 1;
+            g = b->g + t * s;
+            EACH g[e] = picked[e] ? p[e] / total : 0;
+        }
+        EACH for (int i = 0; i < r; i++) y[e * r + i] = g[e] * h[e * step + i];
+    }
+}
+
+static inline __attribute__((always_inline)) void slopes(
+    const Block *b, const float *dout, const float *dp_given, const float *dg_given, float *dlatent, int r) {
+    int s = b->s, step = b->fan ? 0 : r, width = b->fan ? r : s * r;
+    float dg[EXPERTS];
+    for (int64_t t = 0; t < b->n; t++) {
+        const float *h = b->latent + t * b->stride, *p = b->p + t * s, *g = b->picks ? b->g + t * s : p;
+        float *dh = dlatent + t * (width + s), *dz = dh + width;
+        for (int i = 0; i < width; i++) dh[i] = 0;
+        EACH dg[e] = dg_given ? dg_given[t * s + e] : 0;
+        if (dout) {
+            const float *dy = dout + t * s * r;
+            EACH {
+                float sum = 0;
+                for (int i = 0; i < r; i++) {
+                    sum += dy[e * r + i] * h[e * step + i];
+                    dh[e * step + i] += g[e] * dy[e * r + i];
+                }
+                dg[e] += sum;
+            }
+        }
+        if (b->picks) { /* dp = m (dg - <g, dg>) / sum p m */
+            const uint8_t *picked = b->picked + t * s;
+            float along = 0, total = 1;
+            if (b->renormalise) {
+                total = mass(p, picked, s);
+                EACH along += g[e] * dg[e];
+            }
+            EACH dg[e] = picked[e] ? (dg[e] - along) / total : 0;
+        }
+        float mean = 0;
+        EACH dg[e] += dp_given ? dp_given[t * s + e] : 0;
+        EACH mean += p[e] * dg[e];
+        EACH dz[e] = p[e] * (dg[e] - mean);
+    }
+}
+
+/* The usual ranks by themselves: of a loop whose length is known the compiler leaves nothing. */
+#define OF_RANK(call) \
+    switch (b->r) { \
+    case 4: { enum { r = 4 }; call; break; } \
+    case 8: { enum { r = 8 }; call; break; } \
+    default: { int r = b->r; call; } \
+    }
+
+void smore_block_forward(const Block *b, float *out) { OF_RANK(mix(b, out, r)) }
+
+void smore_block_backward(const Block *b, const float *dout, const float *dp, const float *dg, float *dlatent) {
+    OF_RANK(slopes(b, dout, dp, dg, dlatent, r))
+}

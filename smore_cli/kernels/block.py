@@ -1,0 +1,91 @@
+"""Softmax, picks, gates and core of a flat method as one C call a direction: see `block.c`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from smore_cli.kernels.compiled import library
+from smore_cli.kernels.readable import pointer, readable
+from smore_cli.nn.routed_block import Kept, route
+from smore_cli.nn.selection import All, TopK
+
+if TYPE_CHECKING:
+    from smore_cli.nn.routed_block import Form
+
+__all__ = ["BlockKernel", "find"]
+
+MOST_EXPERTS = 64
+
+
+class _Block(ctypes.Structure):
+    """`Block` of block.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "stride")),
+        *((name, ctypes.c_int32) for name in ("s", "r", "fan", "renormalise", "picks")),
+        *((name, ctypes.c_void_p) for name in ("latent", "p", "g", "picked")),
+    ]
+
+
+def find(latent: Tensor, form: Form) -> BlockKernel | None:
+    """Returns the kernel for latents, or None where PyTorch must do it: another device or dtype, too many experts.
+
+    Args:
+        latent: (N, rows + s).
+        form: what is computed of them.
+    """
+    if latent.dtype != torch.float32 or not len(latent) or not readable(latent) or form.experts > MOST_EXPERTS:
+        return None
+    return _kernel()
+
+
+@functools.cache
+def _kernel() -> BlockKernel | None:
+    compiled = library("block")
+    return None if compiled is None else BlockKernel(compiled)
+
+
+class BlockKernel:
+    """In float32; N tokens."""
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        self._forward, self._backward = compiled.smore_block_forward, compiled.smore_block_backward
+
+    def forward(self, latent: Tensor, form: Form) -> tuple[Tensor, Kept]:
+        """Does what `routed_block.forward` does."""
+        latent = latent if latent.stride(1) == 1 else latent.contiguous()
+        n, s, select = len(latent), form.experts, form.select
+        if isinstance(select, (All, TopK)):
+            picks = select.k if isinstance(select, TopK) else 0
+            p = latent.new_empty(n, s)
+            picked = torch.empty(n, s, dtype=torch.bool) if picks else None
+        else:
+            p, picked = route(latent, form)
+            p, picked = p.contiguous(), None if picked is None else picked.contiguous()
+            picks = 0 if picked is None else -1
+        g = None if picked is None else torch.empty_like(p)
+        kept = Kept(latent, p, g, picked, None)
+        mixed = latent.new_empty(n, s * form.rank)
+        self._forward(ctypes.byref(_block(kept, form, picks)), pointer(mixed))
+        return mixed, kept
+
+    def backward(self, kept: Kept, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None) -> Tensor:
+        """Does what `routed_block.backward` does."""
+        given = [None if each is None else each.contiguous() for each in (dy, dp, dg)]
+        out = torch.empty(kept.latent.shape)
+        block = _block(kept, form, 0 if kept.picked is None else -1)
+        self._backward(ctypes.byref(block), *(None if each is None else pointer(each) for each in given), pointer(out))
+        return out
+
+
+def _block(kept: Kept, form: Form, picks: int) -> _Block:
+    latent = kept.latent
+    return _Block(
+        len(latent), latent.stride(0), form.experts, form.rank, form.fan, form.select.renormalise, picks,
+        *(None if each is None else each.data_ptr() for each in (latent, kept.p, kept.g, kept.picked)),
+    )  # fmt: skip

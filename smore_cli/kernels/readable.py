@@ -1,0 +1,19 @@
+"""Which tensors C can read, and where they are."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor, nn
+
+__all__ = ["pointer", "readable"]
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its numbers lie in memory: nothing sharded, traced or faked."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Returns the address of its first number."""
+    return ctypes.c_void_p(tensor.data_ptr())
