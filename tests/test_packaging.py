@@ -28,7 +28,7 @@ USED_THROUGH_TRANSFORMERS = {"gguf", "bitsandbytes"}
 # Used where they are installed: adapters in PEFT, and the check of a gguf file by llama.cpp.
 OPTIONAL = {"peft", "xllamacpp", "deepspeed"}
 # Packages that come with another one, in the one version that fits it.
-PARTS = {"pydantic_core": "pydantic"}
+PARTS = {"pydantic_core": "pydantic", "triton": "torch"}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def third_party_packages(folder: Path) -> set[str]:
                 names.add(node.module.split(".")[0])
     provided_by = importlib.metadata.packages_distributions()
     foreign = names - set(sys.stdlib_module_names) - {"smore_cli", "tests"}
-    return {PARTS.get(name, canonicalize_name(provided_by[name][0])) for name in foreign}
+    return {PARTS[name] if name in PARTS else canonicalize_name(provided_by[name][0]) for name in foreign}
 
 
 def declared(pyproject: dict[str, Any], extra: str | None = None) -> set[str]:

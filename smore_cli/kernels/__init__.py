@@ -1,4 +1,4 @@
-"""Compiled forms of what PyTorch alone does slowly.
+"""Compiled forms of what PyTorch alone does slowly: C on a CPU, Triton on a GPU.
 
 `nn` has every equation in PyTorch and knows nothing of this package; `use` tells it what there is. SMORE_KERNELS=0 in
 the environment switches all kernels off.

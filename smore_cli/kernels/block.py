@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from smore_cli.kernels.compiled import library
-from smore_cli.kernels.readable import pointer, readable
+from smore_cli.kernels.readable import plain, pointer
 from smore_cli.nn.routed_block import Kept, route
 from smore_cli.nn.selection import All, TopK
 
 if TYPE_CHECKING:
-    from smore_cli.nn.routed_block import Form
+    from smore_cli.nn.routed_block import Form, Kernel
 
 __all__ = ["BlockKernel", "find"]
 
@@ -32,22 +32,36 @@ class _Block(ctypes.Structure):
     ]
 
 
-def find(latent: Tensor, form: Form) -> BlockKernel | None:
+def find(latent: Tensor, form: Form) -> Kernel | None:
     """Returns the kernel for latents, or None where PyTorch must do it: another device or dtype, too many experts.
+
+    On a CPU it is `block.c`, on a GPU that of `block_triton.py`, if Triton is there and gives what PyTorch gives.
 
     Args:
         latent: (N, rows + s).
         form: what is computed of them.
     """
-    if latent.dtype != torch.float32 or not len(latent) or not readable(latent) or form.experts > MOST_EXPERTS:
+    if latent.dtype != torch.float32 or not len(latent) or not plain(latent) or form.experts > MOST_EXPERTS:
         return None
-    return _kernel()
+    if latent.device.type == "cpu":
+        return _compiled()
+    return _triton(latent.device) if latent.device.type == "cuda" else None
 
 
 @functools.cache
-def _kernel() -> BlockKernel | None:
+def _compiled() -> BlockKernel | None:
     compiled = library("block")
     return None if compiled is None else BlockKernel(compiled)
+
+
+@functools.cache
+def _triton(device: torch.device) -> Kernel | None:
+    try:
+        from smore_cli.kernels.block_triton import TritonBlock
+    except ImportError:
+        return None
+    kernel = TritonBlock()
+    return kernel if kernel.works(device) else None
 
 
 class BlockKernel:

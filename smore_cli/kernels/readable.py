@@ -1,4 +1,4 @@
-"""Which tensors C can read, and where they are."""
+"""Which tensors a kernel can read, and where they are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import ctypes
 
 from torch import Tensor, nn
 
-__all__ = ["pointer", "readable"]
+__all__ = ["plain", "pointer", "readable"]
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether its numbers are all here: nothing sharded, traced or faked."""
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether its numbers lie in memory: nothing sharded, traced or faked."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    """Whether its numbers lie in the memory of the CPU."""
+    return plain(tensor) and tensor.device.type == "cpu"
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
