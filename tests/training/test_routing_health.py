@@ -17,13 +17,14 @@ from smore_cli.errors import SmoreError
 from smore_cli.methods.hydralora import HydraLoRAConfig
 from smore_cli.nn import AdapterContext, adapted_modules
 from smore_cli.nn.context import ExpertLoad
+from smore_cli.nn.router import Router
 from smore_cli.recipe import load_recipe
 from smore_cli.training.loop import train
 from smore_cli.training.routing_health import RouterHealth, RoutingWatch, collapse_line, routing_summary
 from tests.nn.models import add_random, llama, small_smore, token_ids
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from smore_cli.nn.router import Routing
 
@@ -115,14 +116,15 @@ def test_a_dense_router_is_judged_by_its_gate_mass(tiny_llama: Path) -> None:
     model, path = add_random(llama(tiny_llama), HydraLoRAConfig()), "model.layers.1.mlp.up_proj"
     assert collapsed(watched(model)) == set()
     router_: Any = adapted_modules(model)[path].adapters["default"].router  # type: ignore[union-attr]
-    route = router_.route
-    router_.route = lambda logits: _always_the_first(route(logits))
+    router_.__class__ = _AlwaysTheFirst
     assert collapsed(watched(model)) == {(path, 0)}
 
 
-def _always_the_first(routing: Routing) -> Routing:
-    gates = torch.softmax(routing.logits + torch.tensor([50.0, 0, 0, 0]), -1)
-    return replace(routing, probabilities=gates, gates=gates)
+class _AlwaysTheFirst(Router):
+    def decide(self, logits: Tensor) -> Routing:
+        routing = super().decide(logits)
+        gates = torch.softmax(routing.logits + torch.tensor([50.0, 0, 0, 0]), -1)
+        return replace(routing, probabilities=gates, gates=gates)
 
 
 def test_two_collapsed_routers_with_experts_of_their_own_are_seen_though_pooled_they_look_balanced(
