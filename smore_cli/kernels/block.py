@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["BlockKernel", "find"]
 
 MOST_EXPERTS = 64
+"""`EXPERTS` of block.c. More go by PyTorch, whose sort does not grow with their square."""
 
 
 class _Block(ctypes.Structure):

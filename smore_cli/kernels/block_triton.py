@@ -6,6 +6,7 @@ A program takes T tokens; S and R are the next powers of two of experts and rank
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,11 +121,12 @@ class TritonBlock:
         g = None if picked is None else torch.empty_like(p)
         mixed = latent.new_empty(n, form.experts * form.rank)
         grid, sizes = _blocks(n, form)
-        _mix[grid](
-            latent, latent.stride(0), p, p if g is None else g, _bytes(p if picked is None else picked), mixed,
-            n, form.experts, form.rank, select.k if isinstance(select, TopK) else 0,
-            ALL=picked is None, GIVEN=not known, RENORMALISE=select.renormalise, FAN=form.fan, **sizes,
-        )  # fmt: skip
+        with _on(latent.device):
+            _mix[grid](
+                latent, latent.stride(0), p, p if g is None else g, _bytes(p if picked is None else picked), mixed,
+                n, form.experts, form.rank, select.k if isinstance(select, TopK) else 0,
+                ALL=picked is None, GIVEN=not known, RENORMALISE=select.renormalise, FAN=form.fan, **sizes,
+            )  # fmt: skip
         return mixed, Kept(latent, p, g, picked, None)
 
     def backward(self, kept: Kept, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None) -> Tensor:
@@ -134,11 +136,12 @@ class TritonBlock:
         out = torch.empty(latent.shape, device=latent.device)
         grid, sizes = _blocks(len(latent), form)
         has = dict(zip(("DY", "DP", "DG"), [each is not None for each in given], strict=True))
-        _slopes[grid](
-            latent, latent.stride(0), p, p if g is None else g, _bytes(p if picked is None else picked),
-            *(p if each is None else each for each in given), out, len(latent), form.experts, form.rank,
-            ALL=picked is None, RENORMALISE=form.select.renormalise, FAN=form.fan, **has, **sizes,
-        )  # fmt: skip
+        with _on(latent.device):
+            _slopes[grid](
+                latent, latent.stride(0), p, p if g is None else g, _bytes(p if picked is None else picked),
+                *(p if each is None else each for each in given), out, len(latent), form.experts, form.rank,
+                ALL=picked is None, RENORMALISE=form.select.renormalise, FAN=form.fan, **has, **sizes,
+            )  # fmt: skip
         return out
 
     def works(self, device: torch.device) -> bool:
@@ -161,6 +164,11 @@ def _blocks(n: int, form: Form) -> tuple[tuple[int], dict[str, int]]:
     S, R = triton.next_power_of_2(form.experts), triton.next_power_of_2(form.rank)
     T = max(1, min(64, ELEMENTS // (S * R)))
     return (triton.cdiv(n, T),), {"T": T, "S": S, "R": R}
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, Triton launches on the device: a model may lie on several, of which one is the current."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _bytes(tensor: Tensor) -> Any:

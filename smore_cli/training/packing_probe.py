@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from smore_cli.data.batch import Batch
 
-__all__ = ["prepare_packing", "require_packing"]
+__all__ = ["prepare_packing"]
 
 LENGTH = 8
 """Tokens of a probed document."""
@@ -35,57 +35,43 @@ LENGTH = 8
 def prepare_packing(
     model: PreTrainedModel, device: torch.device, *, branched: bool = False, flat: bool = False
 ) -> None:
-    """Does what `require_packing` does, and lets a model attend document by document where that is the same.
+    """Refuses a backbone in which packed documents see one another; another one on a CPU attends to them one by one.
+
+    The latter where it gives what the backbone's own mask gives.
 
     Args:
         model: without adapters, in evaluation mode.
         device: where its inputs go.
-        branched: rows are questions with several choices, which are kept apart by a mask.
+        branched: rows are questions with several choices, which a mask of their own keeps apart.
         flat: all packs of a pass are laid in one line.
 
     Raises:
         ModelError: packed documents see one another, or the model cannot be called with packs at all.
     """
-    require_packing(model, device, branched=branched, flat=flat)
-    if branched:
-        return
+    name = type(model).__name__
+    hint = "set data.packing: false; train.group_by_length: true saves padding too"
     batch = _probe(model, branched=branched, flat=flat).to(device)
-    expected = _logits(model, batch)
-    if not attend_by_document(model):
+    try:
+        masked = _logits(model, batch)
+    except _CANNOT_CALL as error:
+        raise ModelError(f"{name} cannot be called with packed rows: {one_line(error)}", hint) from error
+    lines = masked.view(3, -1, masked.shape[-1])
+    moved = _apart(lines[1:], lines[0])
+    if not moved < _tolerance(masked):
+        problem = f"{name} does not keep packed documents apart: another one before it moved a document by {moved:.1%}"
+        raise ModelError(problem, hint)
+    if branched or not attend_by_document(model):
         return
     try:
-        same = _apart(_logits(model, batch), expected) < _tolerance(expected)
-    except (TypeError, ValueError, RuntimeError):
+        same = _apart(_logits(model, batch), masked) < _tolerance(masked)
+    except _CANNOT_CALL:
         same = False
     if not same:
         attend_by_mask(model)
 
 
-def require_packing(
-    model: PreTrainedModel, device: torch.device, *, branched: bool = False, flat: bool = False
-) -> None:
-    """Refuses a backbone in which packed documents see one another.
-
-    Args:
-        model: without adapters, in evaluation mode.
-        device: where its inputs go.
-        branched: rows are questions with several choices.
-        flat: all packs of a pass are laid in one line.
-
-    Raises:
-        ModelError: it is one, or cannot be called with packs at all.
-    """
-    name = type(model).__name__
-    hint = "set data.packing: false; train.group_by_length: true saves padding too"
-    try:
-        logits = _logits(model, _probe(model, branched=branched, flat=flat).to(device))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name} cannot be called with packed rows: {one_line(error)}", hint) from error
-    found = logits.float().view(3, -1, logits.shape[-1])
-    moved = _apart(found[1:], found[0])
-    if not moved < _tolerance(logits):
-        problem = f"{name} does not keep packed documents apart: another one before it moved a document by {moved:.1%}"
-        raise ModelError(problem, hint)
+_CANNOT_CALL = (TypeError, ValueError, RuntimeError)
+"""What a model raises that takes no such inputs."""
 
 
 def _probe(model: PreTrainedModel, *, branched: bool, flat: bool) -> Batch:

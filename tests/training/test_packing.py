@@ -30,7 +30,7 @@ from smore_cli.models.forward import target_logits
 from smore_cli.nn import checkpoint_contexts
 from smore_cli.nn.prior_hooks import active_prior
 from smore_cli.training.objective import Objective
-from smore_cli.training.packing_probe import prepare_packing, require_packing
+from smore_cli.training.packing_probe import prepare_packing
 from smore_cli.training.step import StepResult, accumulate_gradients
 from tests.nn.models import adapter_gradients, add_random
 
@@ -276,16 +276,18 @@ def test_a_document_sees_nothing_of_the_one_before_it(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_probe_lets_backbones_pass_that_keep_documents_apart(name: str) -> None:
     for branched in (False, True):
-        require_packing(backbone(name, "sdpa"), torch.device("cpu"), branched=branched, flat=not branched)
+        prepare_packing(
+            copy.deepcopy(backbone(name, "sdpa")), torch.device("cpu"), branched=branched, flat=not branched
+        )
 
 
 def test_the_probe_refuses_a_backbone_with_a_running_state() -> None:
     config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ModelError, match="MambaForCausalLM does not keep packed documents apart"):
-        require_packing(model, torch.device("cpu"))
+        prepare_packing(model, torch.device("cpu"))
     with pytest.raises(ModelError, match="MambaForCausalLM cannot be called with packed rows"):
-        require_packing(model, torch.device("cpu"), branched=True)
+        prepare_packing(model, torch.device("cpu"), branched=True)
 
 
 def test_a_model_attends_by_document_where_that_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,4 +315,4 @@ def test_the_probe_refuses_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None
     forward = model.forward
     model.forward = lambda **inputs: forward(**inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="does not keep packed documents apart: another one before it moved"):
-        require_packing(model, torch.device("cpu"))
+        prepare_packing(model, torch.device("cpu"))
