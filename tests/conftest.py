@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_kernels_by_accident() -> Iterator[None]:
     """What loads a backbone switches compiled kernels on for the process; the next test starts without them."""
     yield
-    for name in ("tree_recompute", "routed_block"):
+    for name in ("tree_recompute", "routed_block", "routed_grid"):
         if (nn := sys.modules.get(f"smore_cli.nn.{name}")) is not None:
             nn.find_kernel = nn.no_kernel  # type: ignore[attr-defined]
 

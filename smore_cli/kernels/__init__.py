@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from smore_cli.nn import routed_block, tree_recompute
+from smore_cli.nn import routed_block, routed_grid, tree_recompute
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,21 +18,27 @@ if TYPE_CHECKING:
 __all__ = ["unused", "use"]
 
 
+_HOOKS = (tree_recompute, routed_block, routed_grid)
+"""Each has a `find_kernel`."""
+
+
 def use() -> None:
     """Makes every adapter of this process that has a kernel use it, where its device and form allow."""
     if os.environ.get("SMORE_KERNELS") == "0":
         return
-    from smore_cli.kernels import block, tree
+    from smore_cli.kernels import block, grid, tree
 
-    tree_recompute.find_kernel, routed_block.find_kernel = tree.find, block.find
+    tree_recompute.find_kernel, routed_block.find_kernel, routed_grid.find_kernel = tree.find, block.find, grid.find
 
 
 @contextmanager
 def unused() -> Iterator[None]:
     """Inside, PyTorch does everything."""
-    before = tree_recompute.find_kernel, routed_block.find_kernel
-    tree_recompute.find_kernel, routed_block.find_kernel = tree_recompute.no_kernel, routed_block.no_kernel
+    before = [each.find_kernel for each in _HOOKS]
+    for each in _HOOKS:
+        each.find_kernel = each.no_kernel  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        tree_recompute.find_kernel, routed_block.find_kernel = before
+        for each, found in zip(_HOOKS, before, strict=True):
+            each.find_kernel = found  # type: ignore[attr-defined]

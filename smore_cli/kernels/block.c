@@ -7,9 +7,7 @@
    All that a token has is some forty numbers side by side, so a token goes through everything before the next one. A
    loop over experts or ranks is what the compiler makes vectors of. */
 
-#include <stdint.h>
-
-#include "exp1.h"
+#include "softmax.h"
 
 #define EXPERTS 64 /* most experts; MOST_EXPERTS in block.py */
 #define EACH for (int e = 0; e < s; e++)
@@ -22,14 +20,6 @@ typedef struct {
     float *p, *g;                     /* (n, s); no g where all are picked */
     uint8_t *picked;                  /* (n, s), none where all are */
 } Block;
-
-static inline void softmax(const float *z, float *p, int s) {
-    float most = z[0], total = 0;
-    EACH most = z[e] > most ? z[e] : most;
-    EACH p[e] = exp1(z[e] - most);
-    EACH total += p[e];
-    EACH p[e] /= total;
-}
 
 static inline void pick(const float *p, uint8_t *picked, int s, int k) { /* of equal ones the first goes first */
     int32_t before[EXPERTS];

@@ -43,12 +43,6 @@ if TYPE_CHECKING:
     from smore_cli.nn.prior import SequencePrior
 
 
-def grid(latent: Tensor, gates: Tensor) -> Tensor:
-    """Grid core, z_j = sum_i pi_ij h_i: latent (N, r1) and gates (N, 1, r1 r2), row by row, to (N, r2)."""
-    pairs = gates.view(len(latent), latent.shape[1], -1)  # (N, r1, r2)
-    return (latent[:, :, None] * pairs).sum(1)
-
-
 class TRexConfig(MethodConfig):
     """`method: trex`."""
 
@@ -133,6 +127,7 @@ class TRexConfig(MethodConfig):
     def build(self, site: Site) -> Adapter:
         """Returns a `PriorBank` with a grid core; B, R, omega and g are zero."""
         from smore_cli.nn.prior import PriorBank, PriorRouter
+        from smore_cli.nn.routed_grid import grid
 
         router = PriorRouter(
             site.in_features if self.router_input == "input" else self.num_down,

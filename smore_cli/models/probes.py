@@ -15,7 +15,7 @@ from smore_cli.methods import Site, config_from_dict
 from smore_cli.models.cache import cache_folder
 from smore_cli.models.quiet import quiet
 from smore_cli.models.source import one_line
-from smore_cli.nn import routed_block, tree_recompute
+from smore_cli.nn import routed_block, routed_grid, tree_recompute
 from smore_cli.nn.routed_block import Form
 from smore_cli.nn.selection import TopK
 
@@ -126,7 +126,14 @@ def _kernels() -> str:
             raise RuntimeError("the C compiler that made one kernel does not make another")
         expected = routed_block.forward(latent.double(), form)[0]
         _require_close("the mixed latent", block.forward(latent, form)[0], expected, 1e-5)
-    return "S'MoRE's trees and routed blocks, equal to PyTorch"
+        pairs = routed_grid.Form(4, 9.0, 4.0, 100.0, None)  # of the 40 numbers 4 are latents, 36 the logits of 4 x 9
+        nothing = torch.zeros(1)
+        if (grid := routed_grid.find_kernel(latent, pairs)) is None:
+            raise RuntimeError("the C compiler that made two kernels does not make the third")
+        gates = routed_grid.prior_gates(latent[:, None, 4:].double().softmax(-1), nothing, nothing, pairs)
+        expected = routed_grid.grid(latent[:, :4].double(), gates)
+        _require_close("the grid", grid.forward(latent, nothing, nothing, pairs)[0], expected, 1e-5)
+    return "S'MoRE's trees, routed blocks and grids, equal to PyTorch"
 
 
 def _matrices(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

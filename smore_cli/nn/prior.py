@@ -3,7 +3,7 @@
     s     = e C^T                                     one vector a sequence: e embeds its prompt, C are K centroids
     p_t   = softmax(R x_t)                            one a token
     pi_t  = c_token lam p_t + c_prior (1 - lam) s     lam = sigmoid(kappa omega), learned
-    gates = sigmoid(kappa g) pi_t                     a learned scale; pi_t is not renormalised and may be negative
+    gates = gam pi_t = a p_t + b s                    gam = sigmoid(kappa g), learned; may be negative, sum to anything
 
 `smore_cli.nn.prior_hooks` brings s from the prompt to the layers.
 """
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from smore_cli.errors import AdapterError
+from smore_cli.nn import routed_grid as nodes
 from smore_cli.nn.bank import Bank
 from smore_cli.nn.context import current_context
+from smore_cli.nn.routed_grid import Form, Prior, grid, prior_gates, routed_grid
 from smore_cli.nn.router import Router, Routing
 
 if TYPE_CHECKING:
@@ -63,31 +65,29 @@ class PriorRouter(Router):
     def decide(self, logits: Tensor) -> Routing:
         """Routes (N, K) logits: rows of equal length one after another, each a sequence or a pack of documents."""
         routing = super().decide(logits)
-        mix, scale = torch.sigmoid(self.sharpness * self.omega), torch.sigmoid(self.sharpness * self.g)
-        gates = self.token_scale * mix * routing.probabilities  # (N, 1, K)
-        if (prior := self._prior(len(logits), gates)) is not None:
-            share = self.prior_scale * (1 - mix) * prior  # (B, K); constant over a row, so never made for a token
-            if (documents := _documents(len(logits))) is None:
-                gates = (gates.view(len(prior), -1, self.num_experts) + share[:, None]).view_as(gates)
-            else:  # padding takes that of the first document, which nothing sees
-                gates = gates + share[documents.to(share.device).clamp_min(0)][:, None]
-        return replace(routing, gates=scale * gates)
+        return replace(routing, gates=prior_gates(routing.probabilities, self.omega, self.g, self.form(logits)))
 
-    def _prior(self, num_tokens: int, like: Tensor) -> Tensor | None:
-        """Returns the prior (B, K), (1, K) where it is the same for all, or None where it is zero."""
+    def form(self, latent: Tensor, down: int = 0) -> Form:
+        """Returns what is computed of N tokens' latents (N, ...), of `down` down vectors."""
+        return Form(down, self.token_scale, self.prior_scale, self.sharpness, self._prior(latent))
+
+    def _prior(self, latent: Tensor) -> Prior | None:
+        """Returns what is known of the sequences of N tokens, or None where that is zero."""
         if self.prior_scale == 0:
             return None
-        context = current_context()
+        n, context = len(latent), current_context()
         if context is not None and context.prior is not None:
-            prior = context.prior
-            fits = _documents(num_tokens) is not None or num_tokens % len(prior) == 0
+            prior, documents = context.prior, _documents(n)
+            fits = documents is not None or n % len(prior) == 0
             if prior.dim() != 2 or prior.shape[1] != self.num_experts or not fits:
                 shape = tuple(prior.shape)
-                raise AdapterError(f"a prior {shape} is not (sequences, {self.num_experts}) for {num_tokens} tokens")
-            return prior.to(like)
+                raise AdapterError(f"a prior {shape} is not (sequences, {self.num_experts}) for {n} tokens")
+            return Prior(prior.to(latent), None if documents is None else documents.to(latent.device))
         if self.on_missing == "error":
             raise AdapterError("the adapter needs the prior of every sequence, and none is known", HINT)
-        return like.new_full((1, self.num_experts), 1 / self.num_experts) if self.on_missing == "uniform" else None
+        if self.on_missing == "zero":
+            return None
+        return Prior(latent.new_full((1, self.num_experts), 1 / self.num_experts), None)
 
 
 def _documents(num_tokens: int) -> Tensor | None:
@@ -114,6 +114,17 @@ class PriorBank(Bank):
             rows = len(context.prior) if context.documents is None else len(context.documents)
             if len(x) != rows:
                 raise AdapterError(f"a prior for {rows} sequences met a batch of {len(x)}", HINT)
+
+    def middle(self, latent: Tensor) -> Tensor:
+        """As `Bank.middle`; a grid under a router on x is one node where there is a kernel for it."""
+        context, router, down = current_context(), cast("PriorRouter", self.router), len(self.A)
+        if self.core is grid and self.router_input == "input" and (context is None or context.edit is None):
+            form = router.form(latent, down)
+            if (kernel := nodes.find_kernel(latent, form)) is not None:
+                mixed, probabilities, gates = routed_grid(kernel, latent, router.omega, router.g, form)
+                self._reported(Routing(latent[:, None, down:], probabilities, gates, None, latent[:, :down]))
+                return mixed
+        return super().middle(latent)
 
 
 class Embedder(Protocol):

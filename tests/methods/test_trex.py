@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from smore_cli.errors import AdapterError
 from smore_cli.methods import Site, config_from_dict
-from smore_cli.methods.trex import TRexConfig, from_original, grid
+from smore_cli.methods.trex import TRexConfig, from_original
 from smore_cli.nn import AdapterContext
+from smore_cli.nn.routed_grid import grid
 
 if TYPE_CHECKING:
     from smore_cli.nn.prior import PriorBank
