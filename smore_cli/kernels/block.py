@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from smore_cli.kernels.compiled import library
 from smore_cli.kernels.readable import plain, pointer
+from smore_cli.nn.entropy import EntropyHybrid
 from smore_cli.nn.routed_block import Kept, route
-from smore_cli.nn.selection import All, TopK
+from smore_cli.nn.selection import All, TopK, TopP
 
 if TYPE_CHECKING:
     from smore_cli.nn.routed_block import Form, Kernel
+    from smore_cli.nn.selection import Selector
 
 __all__ = ["BlockKernel", "find"]
 
@@ -28,9 +30,28 @@ class _Block(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "stride")),
-        *((name, ctypes.c_int32) for name in ("s", "r", "fan", "renormalise", "picks")),
+        *((name, ctypes.c_int32) for name in ("s", "r", "fan", "renormalise")),
+        *((name, ctypes.c_int32) for name in ("picks", "least", "crossing", "hybrid")),
+        *((name, ctypes.c_float) for name in ("mass", "q", "eps", "largest", "threshold")),
         *((name, ctypes.c_void_p) for name in ("latent", "p", "g", "picked")),
     ]
+
+
+class _Picks(NamedTuple):
+    """Which experts are picked, as `Block` says it."""
+
+    picks: int
+    least: int = 0
+    crossing: bool = False
+    hybrid: bool = False
+    mass: float = 0.0
+    q: float = 0.0
+    eps: float = 0.0
+    largest: float = 1.0
+    threshold: float = 0.0
+
+
+_ALL, _GIVEN, _BY_MASS = _Picks(0), _Picks(-1), -2
 
 
 def find(latent: Tensor, form: Form) -> Kernel | None:
@@ -74,15 +95,14 @@ class BlockKernel:
     def forward(self, latent: Tensor, form: Form) -> tuple[Tensor, Kept]:
         """Does what `routed_block.forward` does."""
         latent = latent if latent.stride(1) == 1 else latent.contiguous()
-        n, s, select = len(latent), form.experts, form.select
-        if isinstance(select, (All, TopK)):
-            picks = select.k if isinstance(select, TopK) else 0
-            p = latent.new_empty(n, s)
-            picked = torch.empty(n, s, dtype=torch.bool) if picks else None
-        else:
+        n, s, picks = len(latent), form.experts, _picks(form.select, form.experts)
+        if picks is None:
             p, picked = route(latent, form)
             p, picked = p.contiguous(), None if picked is None else picked.contiguous()
-            picks = 0 if picked is None else -1
+            picks = _ALL if picked is None else _GIVEN
+        else:
+            p = latent.new_empty(n, s)
+            picked = None if picks == _ALL else torch.empty(n, s, dtype=torch.bool)
         g = None if picked is None else torch.empty_like(p)
         kept = Kept(latent, p, g, picked, None)
         mixed = latent.new_empty(n, s * form.rank)
@@ -93,14 +113,34 @@ class BlockKernel:
         """Does what `routed_block.backward` does."""
         given = [None if each is None else each.contiguous() for each in (dy, dp, dg)]
         out = torch.empty(kept.latent.shape)
-        block = _block(kept, form, 0 if kept.picked is None else -1)
+        block = _block(kept, form, _ALL if kept.picked is None else _GIVEN)
         self._backward(ctypes.byref(block), *(None if each is None else pointer(each) for each in given), pointer(out))
         return out
 
 
-def _block(kept: Kept, form: Form, picks: int) -> _Block:
+@functools.lru_cache(maxsize=64)
+def _picks(select: Selector, s: int) -> _Picks | None:
+    """Returns what block.c is told of a selection of s experts, or None where it cannot make it."""
+    if isinstance(select, All):
+        return _ALL
+    if isinstance(select, TopK):
+        return _Picks(select.k)
+    if isinstance(select, TopP):
+        return _Picks(_BY_MASS, select.min_k, select.crossing, mass=select.p)
+    if not isinstance(select, EntropyHybrid):
+        return None
+    sparse, entropy = _picks(select.sparse, s), select.entropy
+    if sparse is None or s == 1 or not select.may_be_unsure(s):
+        return sparse
+    if entropy.kind != "tsallis":
+        return None
+    largest = entropy.largest(s) if entropy.normalised else 1.0
+    return sparse._replace(hybrid=True, q=entropy.q, eps=entropy.eps, largest=largest, threshold=select.threshold)
+
+
+def _block(kept: Kept, form: Form, picks: _Picks) -> _Block:
     latent = kept.latent
     return _Block(
-        len(latent), latent.stride(0), form.experts, form.rank, form.fan, form.select.renormalise, picks,
+        len(latent), latent.stride(0), form.experts, form.rank, form.fan, form.select.renormalise, *picks,
         *(None if each is None else each.data_ptr() for each in (latent, kept.p, kept.g, kept.picked)),
     )  # fmt: skip

@@ -29,8 +29,15 @@ SELECTORS: dict[str, Selector] = {
     "top-k, not renormalised": TopK(2, renormalise=False),
     "top-p": TopP(0.6),
     "top-p, renormalised": TopP(0.6, renormalise=True),
+    "top-p, left out": TopP(0.6, min_k=2, crossing=False),
+    "top-p of everything": TopP(1.0),
     "hybrid": EntropyHybrid(TopP(0.6, renormalise=True), Entropy(), 0.8),
+    "hybrid, q": EntropyHybrid(TopP(0.75, 2, crossing=False), Entropy(1.1, eps=1e-5), 0.7),
+    "hybrid, q, not normalised": EntropyHybrid(TopP(0.75), Entropy(0.5, normalised=False), 1.5),
+    "hybrid, sure": EntropyHybrid(TopP(0.75), Entropy(2.0), 1.0),
+    "hybrid, Renyi": EntropyHybrid(TopP(0.75), Entropy(2.0, "renyi"), 0.6),
 }
+"""The last one goes to the kernel with PyTorch's picks."""
 SIZES = [(1, 8, 4), (300, 8, 4), (33, 3, 8), (33, 5, 3), (33, 64, 1), (33, 1, 5)]
 """Tokens, experts, rank; 4 and 8 have code of their own."""
 
@@ -71,15 +78,17 @@ def test_the_kernel_computes_what_pytorch_does_in_float64(name: str, size: tuple
 def test_of_equal_experts_the_first_goes_first() -> None:
     latent = torch.zeros(5, 4 * 2 + 4)
     kernels.use()
-    *_, picked = routed_block(latent, 8, TopK(2))
-    assert picked is not None and picked.tolist() == [[[True, True, False, False]]] * 5
+    for select in (TopK(2), TopP(0.4), TopP(0.5, crossing=False)):
+        *_, picked = routed_block(latent, 8, select)
+        assert picked is not None and picked.tolist() == [[[True, True, False, False]]] * 5
 
 
-def test_a_latent_that_is_no_number_gives_none() -> None:
-    latent = torch.zeros(3, 4 * 2 + 4)
+@pytest.mark.parametrize("select", [SELECTORS[name] for name in ("all", "top-2", "top-p", "hybrid")], ids=repr)
+def test_a_latent_that_is_no_number_gives_none(select: Selector) -> None:
+    latent = torch.ones(3, 4 * 2 + 4)
     latent[1, -1] = float("nan")
     kernels.use()
-    mixed, probabilities, *_ = routed_block(latent, 8, All())
+    mixed, probabilities, *_ = routed_block(latent, 8, select)
     assert mixed.isnan().any(1).tolist() == probabilities.isnan().any(-1).flatten().tolist() == [False, True, False]
 
 
