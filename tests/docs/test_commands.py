@@ -47,6 +47,9 @@ TINY = {
     "grouped": ["--shapes", "32x32", "--ranks", "4", "--tokens", "16"],
     "decode": ["--model", "tiny-llama", "--shapes", "32x32", "--methods", "mola", "--new-tokens", "2"],
     "gpu": ["--device", "cpu", "--tiny"],
+    "cores": ["--methods", "mola", "trex", "smore", "--width", "32", "--tokens", "16"],
+    "attention": ["--documents", "2x5", "2x4+1x3", "--heads", "4", "2", "8", "--lines", "2"],
+    "optimiser": ["--model", "tiny-llama", "--methods", "mola", "lora"],
     "end_to_end": ["--model", "tiny-llama", "--methods", "mola", "--limit", "3", "--rows", "2"],
 }
 BLOCK = re.compile(
@@ -185,6 +188,18 @@ def test_everything_a_page_shows_works(
             run([sys.executable, "-c", block.text], tmp_path)
         else:
             assert block.language == "text", f"{page.name}: a block in {block.language!r}, which no test runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cores", "attention", "optimiser"])
+def test_a_benchmark_of_one_part_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (tmp_path / "tiny-llama").symlink_to(request.getfixturevalue("tiny_llama"))
+    argv = [sys.executable, str(PROJECT / "benchmarks" / f"{name}.py"), *TINY[name], "--repeats", "1"]
+    printed = run([*argv, "--json", "found.json"], tmp_path)
+    measured = (tmp_path / "found.json").exists()
+    assert measured or "nothing is measured" in printed  # of one core the optimiser's has nothing to say
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"] if measured else []
+    assert all(row[key] > 0 for row in rows for key in row if key.endswith(" ms") and row[key] is not None)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
