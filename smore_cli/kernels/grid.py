@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smore_cli.kernels.compiled import library
-from smore_cli.kernels.readable import pointer, readable
+from smore_cli.kernels.readable import plain, pointer
 from smore_cli.nn.routed_grid import Kept
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class _Grid(ctypes.Structure):
 def find(latent: Tensor, form: Form) -> Kernel | None:
     """Returns the kernel for latents, or None where PyTorch must do it.
 
-    That is: another device or dtype, too many experts, a prior that wants a gradient.
+    That is: another dtype, too many experts, a prior that wants a gradient. On a CPU it is `grid.c`, on a GPU that of
+    `grid_triton.py`, if Triton is there and gives what PyTorch gives.
 
     Args:
         latent: (N, r1 + K).
@@ -46,15 +47,29 @@ def find(latent: Tensor, form: Form) -> Kernel | None:
     if latent.dtype != torch.float32 or not len(latent) or latent.shape[1] - form.down > MOST_EXPERTS:
         return None
     given = [each for each in form.prior or () if each is not None]
-    if not all(map(readable, (latent, *given))) or latent.stride(1) != 1:
+    if not all(map(plain, (latent, *given))) or latent.stride(1) != 1:
         return None
-    return _compiled() if all(each.is_contiguous() and not each.requires_grad for each in given) else None
+    if not all(each.is_contiguous() and not each.requires_grad and each.device == latent.device for each in given):
+        return None
+    if latent.device.type == "cpu":
+        return _compiled()
+    return _triton(latent.device) if latent.device.type == "cuda" else None
 
 
 @functools.cache
 def _compiled() -> CompiledGrid | None:
     compiled = library("grid")
     return None if compiled is None else CompiledGrid(compiled)
+
+
+@functools.cache
+def _triton(device: torch.device) -> Kernel | None:
+    try:
+        from smore_cli.kernels.grid_triton import TritonGrid
+    except ImportError:
+        return None
+    kernel = TritonGrid()
+    return kernel if kernel.works(device) else None
 
 
 class CompiledGrid:
