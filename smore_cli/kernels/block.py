@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from smore_cli.nn.routed_block import Form, Kernel
     from smore_cli.nn.selection import Selector
 
-__all__ = ["BlockKernel", "find"]
+__all__ = ["ALL", "BY_MASS", "GIVEN", "BlockKernel", "Picks", "find", "picks_of"]
 
 MOST_EXPERTS = 64
 """`EXPERTS` of block.c. More go by PyTorch, whose sort does not grow with their square."""
@@ -37,8 +37,20 @@ class _Block(ctypes.Structure):
     ]
 
 
-class _Picks(NamedTuple):
-    """Which experts are picked, as `Block` says it."""
+class Picks(NamedTuple):
+    """Which experts are picked.
+
+    Attributes:
+        picks: k of the most probable, or one of the constants below.
+        least: by mass, at least so many.
+        crossing: by mass, whether with the one that crosses it.
+        hybrid: whether all are where the entropy is high.
+        mass: that the picked make up.
+        q: order of the entropy, Tsallis's.
+        eps: added to every probability in it.
+        largest: it is divided by.
+        threshold: above which it is high.
+    """
 
     picks: int
     least: int = 0
@@ -51,7 +63,8 @@ class _Picks(NamedTuple):
     threshold: float = 0.0
 
 
-_ALL, _GIVEN, _BY_MASS = _Picks(0), _Picks(-1), -2
+ALL, GIVEN, BY_MASS = Picks(0), Picks(-1), -2
+"""Every expert; those that PyTorch has picked; `Picks.picks` of those that make up a mass."""
 
 
 def find(latent: Tensor, form: Form) -> Kernel | None:
@@ -95,14 +108,14 @@ class BlockKernel:
     def forward(self, latent: Tensor, form: Form) -> tuple[Tensor, Kept]:
         """Does what `routed_block.forward` does."""
         latent = latent if latent.stride(1) == 1 else latent.contiguous()
-        n, s, picks = len(latent), form.experts, _picks(form.select, form.experts)
+        n, s, picks = len(latent), form.experts, picks_of(form.select, form.experts)
         if picks is None:
             p, picked = route(latent, form)
             p, picked = p.contiguous(), None if picked is None else picked.contiguous()
-            picks = _ALL if picked is None else _GIVEN
+            picks = ALL if picked is None else GIVEN
         else:
             p = latent.new_empty(n, s)
-            picked = None if picks == _ALL else torch.empty(n, s, dtype=torch.bool)
+            picked = None if picks == ALL else torch.empty(n, s, dtype=torch.bool)
         g = None if picked is None else torch.empty_like(p)
         kept = Kept(latent, p, g, picked, None)
         mixed = latent.new_empty(n, s * form.rank)
@@ -113,23 +126,23 @@ class BlockKernel:
         """Does what `routed_block.backward` does."""
         given = [None if each is None else each.contiguous() for each in (dy, dp, dg)]
         out = torch.empty(kept.latent.shape)
-        block = _block(kept, form, _ALL if kept.picked is None else _GIVEN)
+        block = _block(kept, form, ALL if kept.picked is None else GIVEN)
         self._backward(ctypes.byref(block), *(None if each is None else pointer(each) for each in given), pointer(out))
         return out
 
 
 @functools.lru_cache(maxsize=64)
-def _picks(select: Selector, s: int) -> _Picks | None:
-    """Returns what block.c is told of a selection of s experts, or None where it cannot make it."""
+def picks_of(select: Selector, s: int) -> Picks | None:
+    """Returns what a kernel is told of a selection of s experts, or None where it cannot make it."""
     if isinstance(select, All):
-        return _ALL
+        return ALL
     if isinstance(select, TopK):
-        return _Picks(select.k)
+        return Picks(select.k)
     if isinstance(select, TopP):
-        return _Picks(_BY_MASS, select.min_k, select.crossing, mass=select.p)
+        return Picks(BY_MASS, select.min_k, select.crossing, mass=select.p)
     if not isinstance(select, EntropyHybrid):
         return None
-    sparse, entropy = _picks(select.sparse, s), select.entropy
+    sparse, entropy = picks_of(select.sparse, s), select.entropy
     if sparse is None or s == 1 or not select.may_be_unsure(s):
         return sparse
     if entropy.kind != "tsallis":
@@ -138,7 +151,7 @@ def _picks(select: Selector, s: int) -> _Picks | None:
     return sparse._replace(hybrid=True, q=entropy.q, eps=entropy.eps, largest=largest, threshold=select.threshold)
 
 
-def _block(kept: Kept, form: Form, picks: _Picks) -> _Block:
+def _block(kept: Kept, form: Form, picks: Picks) -> _Block:
     latent = kept.latent
     return _Block(
         len(latent), latent.stride(0), form.experts, form.rank, form.fan, form.select.renormalise, *picks,

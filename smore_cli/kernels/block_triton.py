@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from smore_cli.kernels.block import ALL, BY_MASS, GIVEN, picks_of
 from smore_cli.nn import routed_block
+from smore_cli.nn.entropy import Entropy, EntropyHybrid
 from smore_cli.nn.routed_block import Form, Kept, route
-from smore_cli.nn.selection import All, TopK
+from smore_cli.nn.selection import TopK, TopP
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +29,17 @@ ELEMENTS = 2048
 
 
 @triton.jit
+def _less_one(y):
+    """e^y - 1, also where y is small."""
+    near = y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7))))))
+    return tl.where(tl.abs(y) < 0.3, near, tl.exp(y) - 1)
+
+
+@triton.jit
 def _mix(
-    latent, stride, p_out, g_out, picked_out, mixed, n, s, r, picks,
-    ALL: tl.constexpr, GIVEN: tl.constexpr, RENORMALISE: tl.constexpr, FAN: tl.constexpr,
+    latent, stride, p_out, g_out, picked_out, mixed, n, s, r, picks, least, mass, q, eps, largest, threshold,
+    ALL: tl.constexpr, GIVEN: tl.constexpr, BY_MASS: tl.constexpr, CROSSING: tl.constexpr, HYBRID: tl.constexpr,
+    SHANNON: tl.constexpr, RENORMALISE: tl.constexpr, FAN: tl.constexpr,
     T: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
@@ -49,11 +59,25 @@ def _mix(
     g = p
     if not ALL:
         if not GIVEN:  # of equal ones the first goes first
-            before = tl.zeros((T, S), tl.int32)
+            before, ahead = tl.zeros((T, S), tl.int32), tl.zeros((T, S), tl.float32)  # how many, and their mass
             for o in range(s):
                 other = tl.sum(tl.where(e[None] == o, p, 0.0), 1)[:, None]
-                before += ((other > p) | ((other == p) & (o < e[None]))).to(tl.int32)
-            picked = (before < picks) & (e[None] < s)
+                larger = (other > p) | ((other == p) & (o < e[None]))
+                before += larger.to(tl.int32)
+                ahead += tl.where(larger, other, 0.0)
+            if BY_MASS:
+                below = (before == 0) | (ahead <= mass) if CROSSING else ahead + p <= mass
+                picked = below | (mass >= 1) | (before < least)
+                if HYBRID:
+                    x = p + eps
+                    log = tl.log(tl.maximum(x, 1.17549435e-38))
+                    term = x * (log if SHANNON else _less_one((q - 1) * log))
+                    total = -tl.sum(tl.where(e[None] < s, term, 0.0), 1)
+                    entropy = total if SHANNON else (total - s * eps) / (q - 1)
+                    picked = picked | (entropy / largest > threshold)[:, None]
+            else:
+                picked = before < picks
+            picked = picked & (e[None] < s)
             tl.store(picked_out + at, picked.to(tl.uint8), mask=here)
         g = tl.where(picked, p, 0.0)
         if RENORMALISE:
@@ -110,22 +134,24 @@ class TritonBlock:
     def forward(self, latent: Tensor, form: Form) -> tuple[Tensor, Kept]:
         """Does what `routed_block.forward` does."""
         latent = latent if latent.stride(1) == 1 else latent.contiguous()
-        n, select = len(latent), form.select
-        known = isinstance(select, (All, TopK))
-        if known:
-            p = latent.new_empty(n, form.experts)
-            picked = torch.empty_like(p, dtype=torch.bool) if isinstance(select, TopK) else None
-        else:
+        n, picks = len(latent), picks_of(form.select, form.experts)
+        if picks is None:
             p, picked = route(latent, form)
             p, picked = p.contiguous(), None if picked is None else picked.contiguous()
+            picks = ALL if picked is None else GIVEN
+        else:
+            p = latent.new_empty(n, form.experts)
+            picked = None if picks == ALL else torch.empty_like(p, dtype=torch.bool)
         g = None if picked is None else torch.empty_like(p)
         mixed = latent.new_empty(n, form.experts * form.rank)
         grid, sizes = _blocks(n, form)
         with on(latent.device):
             _mix[grid](
                 latent, latent.stride(0), p, p if g is None else g, _bytes(p if picked is None else picked), mixed,
-                n, form.experts, form.rank, select.k if isinstance(select, TopK) else 0,
-                ALL=picked is None, GIVEN=not known, RENORMALISE=select.renormalise, FAN=form.fan, **sizes,
+                n, form.experts, form.rank, picks.picks, picks.least,
+                picks.mass, picks.q, picks.eps, picks.largest, picks.threshold,
+                ALL=picked is None, GIVEN=picks == GIVEN, BY_MASS=picks.picks == BY_MASS, CROSSING=picks.crossing,
+                HYBRID=picks.hybrid, SHANNON=picks.q == 1, RENORMALISE=form.select.renormalise, FAN=form.fan, **sizes,
             )  # fmt: skip
         return mixed, Kept(latent, p, g, picked, None)
 
@@ -146,9 +172,14 @@ class TritonBlock:
 
     def works(self, device: torch.device) -> bool:
         """Whether this Triton and this device give what PyTorch gives: tried once, on few numbers."""
-        generator = torch.Generator().manual_seed(0)
-        latent, dy, dp = (torch.randn(5, width, generator=generator).to(device) for width in (12, 9, 3))
-        form = Form(3, 3, fan=False, select=TopK(2))
+        by_mass = EntropyHybrid(TopP(0.6), Entropy(1.1), 0.9)
+        forms = Form(3, 3, fan=False, select=TopK(2)), Form(3, 3, fan=True, select=by_mass)
+        return all(self._agrees(form, device) for form in forms)
+
+    def _agrees(self, form: Form, device: torch.device) -> bool:
+        generator, (s, r) = torch.Generator().manual_seed(0), form[:2]
+        rows = r if form.fan else s * r
+        latent, dy, dp = (torch.randn(5, width, generator=generator).to(device) for width in (rows + s, s * r, s))
         try:
             mixed, kept = self.forward(latent, form)
             found = [mixed, self.backward(kept, form, dy, dp, None)]

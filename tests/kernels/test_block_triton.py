@@ -28,7 +28,11 @@ SELECTORS: dict[str, Selector] = {
     "top-2": TopK(2),
     "top-k, not renormalised": TopK(2, renormalise=False),
     "top-p, renormalised": TopP(0.6, renormalise=True),
+    "top-p, left out": TopP(0.6, min_k=2, crossing=False),
     "hybrid": EntropyHybrid(TopP(0.6, renormalise=True), Entropy(), 0.8),
+    "hybrid, q": EntropyHybrid(TopP(0.75, 2, crossing=False), Entropy(1.1, eps=1e-5), 0.7),
+    "hybrid, q, not normalised": EntropyHybrid(TopP(0.75), Entropy(0.5, normalised=False), 1.5),
+    "hybrid, Renyi": EntropyHybrid(TopP(0.75), Entropy(2.0, "renyi"), 0.6),
 }
 SIZES = [(1, 8, 4), (70, 8, 4), (33, 3, 8), (33, 5, 3), (9, 64, 1), (9, 1, 5)]
 """Tokens, experts, rank."""
