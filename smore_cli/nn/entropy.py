@@ -150,8 +150,9 @@ class EntropyLoss:
     def sums(self, routing: Routing, context: AdapterContext) -> Tensor:
         """Returns (2, 1)."""
         entropies = self.entropy(routing.probabilities)[..., None]  # (N, G, 1)
-        mask = None if self.padding else context.flat_mask(len(entropies), entropies.device)
-        return torch.stack([masked_sum(row, mask) for row in (entropies, torch.ones_like(entropies))])
+        weights, tokens = (None, len(entropies)) if self.padding else context.weights(entropies)
+        decisions = entropies.new_ones(1) * (tokens * entropies.shape[1])
+        return torch.stack([masked_sum(entropies, weights), decisions])
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Maps (..., 2, 1) to (...); 0 where no decision was counted."""
