@@ -23,7 +23,6 @@ typedef struct {
     int32_t r1, r2;
     float token_scale, prior_scale, sharpness; /* c, c', kappa */
     const float *latent;              /* (n, r1, then r1 r2 logits) */
-    float *p;                         /* (n, r1 r2) */
     const float *omega, *nu;          /* one number each */
     const float *prior;               /* (sequences, r1 r2), or none */
     const int64_t *document;          /* (n) which sequence a token is of; none: they are of one length */
@@ -49,12 +48,13 @@ static inline void weigh(Weights w, const float *p, const float *s, float *g, in
     if (s) for (int e = 0; e < k; e++) g[e] += w.b * s[e];
 }
 
-static inline __attribute__((always_inline)) void mix(const Grid *b, float *gates, float *out, int r1, int r2) {
+static inline __attribute__((always_inline)) void mix(
+    const Grid *b, float *out, float *probabilities, float *gates, int r1, int r2) {
     int k = r1 * r2;
     Weights w = weights(b);
     for (int64_t t = 0; t < b->n; t++) {
         const float *h = b->latent + t * b->stride;
-        float *y = out + t * r2, *p = b->p + t * k, *g = gates + t * k;
+        float *y = out + t * r2, *p = probabilities + t * k, *g = gates + t * k;
         softmax(h + r1, p, k);
         weigh(w, p, prior_of(b, t, k), g, k);
         for (int j = 0; j < r2; j++) y[j] = 0;
@@ -67,11 +67,12 @@ static inline __attribute__((always_inline)) void slopes(
     int r1, int r2) {
     int k = r1 * r2;
     Weights w = weights(b);
-    float g[PAIRS], dg[PAIRS], dp[PAIRS];
+    float p[PAIRS], g[PAIRS], dg[PAIRS], dp[PAIRS];
     double da = 0, db = 0; /* over all tokens */
     for (int64_t t = 0; t < b->n; t++) {
-        const float *h = b->latent + t * b->stride, *p = b->p + t * k, *s = prior_of(b, t, k);
+        const float *h = b->latent + t * b->stride, *s = prior_of(b, t, k);
         float *dh = dlatent + t * (r1 + k), *dz = dh + r1;
+        softmax(h + r1, p, k);
         for (int i = 0; i < r1; i++) dh[i] = 0;
         for (int e = 0; e < k; e++) dg[e] = dg_given ? dg_given[t * k + e] : 0;
         if (dout) {
@@ -98,7 +99,7 @@ static inline __attribute__((always_inline)) void slopes(
     if (b->r1 == 4 && b->r2 == 8) { enum { r1 = 4, r2 = 8 }; call; } \
     else { int r1 = b->r1, r2 = b->r2; call; }
 
-void smore_grid_forward(const Grid *b, float *gates, float *out) { OF_SHAPE(mix(b, gates, out, r1, r2)) }
+void smore_grid_forward(const Grid *b, float *out, float *p, float *g) { OF_SHAPE(mix(b, out, p, g, r1, r2)) }
 
 void smore_grid_backward(
     const Grid *b, const float *dout, const float *dp, const float *dg, float *dlatent, float *slope) {

@@ -10,12 +10,11 @@ import torch
 
 from smore_cli.kernels.compiled import library
 from smore_cli.kernels.readable import plain, pointer
-from smore_cli.nn.routed_grid import Kept
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from smore_cli.nn.routed_grid import Form, Kernel
+    from smore_cli.nn.routed_grid import Form, Given, Kernel
 
 __all__ = ["CompiledGrid", "find"]
 
@@ -30,7 +29,7 @@ class _Grid(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "stride", "length")),
         *((name, ctypes.c_int32) for name in ("r1", "r2")),
         *((name, ctypes.c_float) for name in ("token_scale", "prior_scale", "sharpness")),
-        *((name, ctypes.c_void_p) for name in ("latent", "p", "omega", "nu", "prior", "document")),
+        *((name, ctypes.c_void_p) for name in ("latent", "omega", "nu", "prior", "document")),
     ]
 
 
@@ -78,32 +77,32 @@ class CompiledGrid:
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self._forward, self._backward = compiled.smore_grid_forward, compiled.smore_grid_backward
 
-    def forward(self, latent: Tensor, omega: Tensor, nu: Tensor, form: Form) -> tuple[Tensor, Tensor, Kept]:
+    def forward(self, given: Given, form: Form) -> tuple[Tensor, Tensor, Tensor]:
         """See `routed_grid.Kernel`."""
-        n, k = len(latent), latent.shape[1] - form.down
-        p, g, mixed = (latent.new_empty(n, width) for width in (k, k, k // form.down))
-        kept = Kept(latent, p, omega, nu)
-        self._forward(_grid(kept, form), pointer(g), pointer(mixed))
-        return mixed, g, kept
+        n, width = given.latent.shape
+        k = width - form.down
+        y, p, g = (given.latent.new_empty(n, each) for each in (k // form.down, k, k))
+        self._forward(_grid(given, form), pointer(y), pointer(p), pointer(g))
+        return y, p, g
 
     def backward(
-        self, kept: Kept, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None
+        self, given: Given, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `routed_grid.Kernel`."""
-        given = [None if each is None else each.contiguous() for each in (dy, dp, dg)]
-        out, slopes = torch.empty(kept.latent.shape), torch.empty(2)
-        found = [None if each is None else pointer(each) for each in given]
-        self._backward(_grid(kept, form), *found, pointer(out), pointer(slopes))
-        return out, slopes[:1], slopes[1:]
+        slopes = [None if each is None else each.contiguous() for each in (dy, dp, dg)]
+        out, of_logits = torch.empty(given.latent.shape), torch.empty(2)
+        found = [None if each is None else pointer(each) for each in slopes]
+        self._backward(_grid(given, form), *found, pointer(out), pointer(of_logits))
+        return out, of_logits[:1], of_logits[1:]
 
 
-def _grid(kept: Kept, form: Form) -> Any:
-    (n, k), down = kept.p.shape, form.down
+def _grid(given: Given, form: Form) -> Any:
+    n, width = given.latent.shape
     sequences, documents = form.prior or (None, None)
-    length = n if sequences is None else n // len(sequences)
     return ctypes.byref(
         _Grid(
-            n, kept.latent.stride(0), length, down, k // down, form.token_scale, form.prior_scale, form.sharpness,
-            *(None if each is None else each.data_ptr() for each in (*kept, sequences, documents)),
+            n, given.latent.stride(0), n if sequences is None else n // len(sequences),
+            form.down, width // form.down - 1, form.token_scale, form.prior_scale, form.sharpness,
+            *(None if each is None else each.data_ptr() for each in (*given, sequences, documents)),
         )
     )  # fmt: skip

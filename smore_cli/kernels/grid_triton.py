@@ -7,14 +7,14 @@ tokens' share of the slopes of omega and nu in an order that never changes, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
 from smore_cli.kernels.block_triton import on
-from smore_cli.nn.routed_grid import Form, Kept, Prior, grid, prior_gates
+from smore_cli.nn.routed_grid import Form, Given, Prior, grid, prior_gates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +31,16 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _softmax(z, real):
+    """Of z (T, I, J) over all pairs that are real, (I, J)."""
+    z = tl.where(real[None], z, float("-inf"))
+    p = tl.exp(z - tl.max(tl.max(z, 2), 1)[:, None, None])
+    return p / tl.sum(tl.sum(p, 2), 1)[:, None, None]
+
+
+@triton.jit
 def _mix(
-    latent, stride, p_out, g_out, mixed, omega, nu, prior, document, length, n, r1, r2, c, c_prior, kappa,
+    latent, stride, mixed, p_out, g_out, omega, nu, prior, document, length, n, r1, r2, c, c_prior, kappa,
     PRIOR: tl.constexpr, DOCUMENTS: tl.constexpr, T: tl.constexpr, I: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
@@ -40,10 +48,7 @@ def _mix(
     real = (i[:, None] < r1) & (j[None] < r2)  # (I, J)
     pair = (i[:, None] * r2 + j[None])[None]
     inside = (t < n)[:, None, None] & real[None]  # (T, I, J)
-    z = tl.load(latent + (t * stride + r1)[:, None, None] + pair, mask=inside, other=0.0)
-    z = tl.where(real[None], z, float("-inf"))
-    p = tl.exp(z - tl.max(tl.max(z, 2), 1)[:, None, None])
-    p = p / tl.sum(tl.sum(p, 2), 1)[:, None, None]
+    p = _softmax(tl.load(latent + (t * stride + r1)[:, None, None] + pair, mask=inside, other=0.0), real)
     at = (t * r1 * r2)[:, None, None] + pair
     tl.store(p_out + at, p, mask=inside)
     lam, gam = _sigmoid(kappa * tl.load(omega)), _sigmoid(kappa * tl.load(nu))
@@ -66,17 +71,18 @@ def _mix(
 
 @triton.jit
 def _slopes(
-    latent, stride, p_in, omega, nu, prior, document, dy_in, dp_in, dg_in, dlatent, partial,
-    length, n, r1, r2, c, c_prior, kappa,
+    latent, stride, dy_in, dp_in, dg_in, dlatent, partial,
+    omega, nu, prior, document, length, n, r1, r2, c, c_prior, kappa,
     PRIOR: tl.constexpr, DOCUMENTS: tl.constexpr, DY: tl.constexpr, DP: tl.constexpr, DG: tl.constexpr,
     T: tl.constexpr, I: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
     i, j = tl.arange(0, I), tl.arange(0, J)
     pair = (i[:, None] * r2 + j[None])[None]
-    inside = (t < n)[:, None, None] & ((i[:, None] < r1) & (j[None] < r2))[None]
+    real = (i[:, None] < r1) & (j[None] < r2)
+    inside = (t < n)[:, None, None] & real[None]
     at, row = (t * r1 * r2)[:, None, None] + pair, t * (r1 + r1 * r2)
-    p = tl.load(p_in + at, mask=inside, other=0.0)
+    p = _softmax(tl.load(latent + (t * stride + r1)[:, None, None] + pair, mask=inside, other=0.0), real)
     lam, gam = _sigmoid(kappa * tl.load(omega)), _sigmoid(kappa * tl.load(nu))
     a, b = c * gam * lam, c_prior * gam * (1.0 - lam)
     s = tl.zeros((T, I, J), tl.float32)
@@ -107,34 +113,28 @@ def _slopes(
 class TritonGrid:
     """In float32; N tokens."""
 
-    def forward(self, latent: Tensor, omega: Tensor, nu: Tensor, form: Form) -> tuple[Tensor, Tensor, Kept]:
+    def forward(self, given: Given, form: Form) -> tuple[Tensor, Tensor, Tensor]:
         """See `routed_grid.Kernel`."""
-        n, k = len(latent), latent.shape[1] - form.down
-        p, g, mixed = (latent.new_empty(n, width) for width in (k, k, k // form.down))
-        programs, sizes = _programs(n, form.down, k)
-        s, document, length = _prior(form, p)
-        with on(latent.device):
-            _mix[(programs,)](
-                latent, latent.stride(0), p, g, mixed, omega, nu, s, document, length,
-                n, form.down, k // form.down, form.token_scale, form.prior_scale, form.sharpness, **sizes, **_has(form),
-            )  # fmt: skip
-        return mixed, g, Kept(latent, p, omega, nu)
+        n, width = given.latent.shape
+        k = width - form.down
+        y, p, g = (given.latent.new_empty(n, each) for each in (k // form.down, k, k))
+        programs, sizes, numbers = _launch(given, form)
+        with on(given.latent.device):
+            _mix[(programs,)](given.latent, given.latent.stride(0), y, p, g, *numbers, **sizes)
+        return y, p, g
 
     def backward(
-        self, kept: Kept, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None
+        self, given: Given, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `routed_grid.Kernel`."""
-        latent, p, omega, nu = kept
-        (n, k), given = p.shape, [None if each is None else each.contiguous() for each in (dy, dp, dg)]
-        programs, sizes = _programs(n, form.down, k)
-        out, partial = torch.empty_like(latent, memory_format=torch.contiguous_format), p.new_empty(programs, 2)
-        s, document, length = _prior(form, p)
-        used = dict(zip(("DY", "DP", "DG"), [each is not None for each in given], strict=True))
+        latent, slopes = given.latent, [None if each is None else each.contiguous() for each in (dy, dp, dg)]
+        programs, sizes, numbers = _launch(given, form)
+        out, partial = latent.new_empty(latent.shape), latent.new_empty(programs, 2)
+        used = dict(zip(("DY", "DP", "DG"), [each is not None for each in slopes], strict=True))
         with on(latent.device):
             _slopes[(programs,)](
-                latent, latent.stride(0), p, omega, nu, s, document, *(p if each is None else each for each in given),
-                out, partial, length, n, form.down, k // form.down,
-                form.token_scale, form.prior_scale, form.sharpness, **sizes, **_has(form), **used,
+                latent, latent.stride(0), *(latent if each is None else each for each in slopes), out, partial,
+                *numbers, **sizes, **used,
             )  # fmt: skip
         d_omega, d_nu = partial.sum(0).split(1)
         return out, d_omega, d_nu
@@ -146,8 +146,7 @@ class TritonGrid:
         inputs = [latent, *torch.full((2,), 0.1, device=device).split(1)]
         form = Form(3, 2.0, 3.0, 4.0, Prior(s, None))
         try:
-            mixed, _, kept = self.forward(inputs[0], inputs[1], inputs[2], form)
-            found = [mixed, *self.backward(kept, form, dy, None, None)]
+            found = [self.forward(Given(*inputs), form)[0], *self.backward(Given(*inputs), form, dy, None, None)]
         except Exception:  # whatever a compiler may raise
             return False
         with torch.enable_grad():
@@ -157,20 +156,15 @@ class TritonGrid:
         return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, exact, strict=True))
 
 
-def _programs(n: int, down: int, experts: int) -> tuple[int, dict[str, int]]:
-    """Returns how many programs there are, and what each of them takes."""
-    I, J = triton.next_power_of_2(down), triton.next_power_of_2(experts // down)
+def _launch(given: Given, form: Form) -> tuple[int, dict[str, int], tuple[Any, ...]]:
+    """Returns how many programs there are, what each of them takes, and what both kernels are told."""
+    n, width = given.latent.shape
+    r1, r2 = form.down, width // form.down - 1
+    I, J = triton.next_power_of_2(r1), triton.next_power_of_2(r2)
     T = max(1, min(64, ELEMENTS // (I * J)))
-    return triton.cdiv(n, T), {"T": T, "I": I, "J": J}
-
-
-def _prior(form: Form, other: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Returns the prior, the document of each token and the tokens of a sequence; `other` stands for what is not."""
-    if form.prior is None:
-        return other, other, 1
-    s, documents = form.prior
-    return s, other if documents is None else documents, len(other) // len(s) if documents is None else 1
-
-
-def _has(form: Form) -> dict[str, bool]:
-    return {"PRIOR": form.prior is not None, "DOCUMENTS": form.prior is not None and form.prior.documents is not None}
+    s, documents = form.prior or (None, None)
+    sizes = {"PRIOR": s is not None, "DOCUMENTS": documents is not None, "T": T, "I": I, "J": J}
+    tensors = (given.latent if each is None else each for each in (s, documents))
+    length = n if s is None else max(1, n // len(s))
+    scales = form.token_scale, form.prior_scale, form.sharpness
+    return triton.cdiv(n, T), sizes, (given.omega, given.nu, *tensors, length, n, r1, r2, *scales)

@@ -127,12 +127,12 @@ def _kernels() -> str:
         expected = routed_block.forward(latent.double(), form)[0]
         _require_close("the mixed latent", block.forward(latent, form)[0], expected, 1e-5)
         pairs = routed_grid.Form(4, 9.0, 4.0, 100.0, None)  # of the 40 numbers 4 are latents, 36 the logits of 4 x 9
-        nothing = torch.zeros(1)
+        given = routed_grid.Given(latent, torch.zeros(1), torch.zeros(1))
         if (grid := routed_grid.find_kernel(latent, pairs)) is None:
             raise RuntimeError("the C compiler that made two kernels does not make the third")
-        gates = routed_grid.prior_gates(latent[:, None, 4:].double().softmax(-1), nothing, nothing, pairs)
+        gates = routed_grid.prior_gates(latent[:, None, 4:].double().softmax(-1), given.omega, given.nu, pairs)
         expected = routed_grid.grid(latent[:, :4].double(), gates)
-        _require_close("the grid", grid.forward(latent, nothing, nothing, pairs)[0], expected, 1e-5)
+        _require_close("the grid", grid.forward(given, pairs)[0], expected, 1e-5)
     return "S'MoRE's trees, routed blocks and grids, equal to PyTorch"
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Form", "Kept", "Kernel", "Prior", "find_kernel", "grid", "no_kernel", "prior_gates", "routed_grid"]
+__all__ = ["Form", "Given", "Kernel", "Prior", "find_kernel", "grid", "no_kernel", "prior_gates", "routed_grid"]
 
 
 class Prior(NamedTuple):
@@ -52,18 +52,16 @@ class Form(NamedTuple):
     prior: Prior | None
 
 
-class Kept(NamedTuple):
-    """What a kernel's backward pass needs.
+class Given(NamedTuple):
+    """What a kernel is given, in both passes: nothing else is kept.
 
     Attributes:
-        latent: (N, r1 + K).
-        p: (N, K) probabilities.
-        omega: (1,).
-        nu: (1,).
+        latent: (N, r1 + K) what the down vectors gave, then the router's logits.
+        omega: (1,) logit of the mix.
+        nu: (1,) logit of the scale.
     """
 
     latent: Tensor
-    p: Tensor
     omega: Tensor
     nu: Tensor
 
@@ -71,14 +69,14 @@ class Kept(NamedTuple):
 class Kernel(Protocol):
     """A compiled form of both passes."""
 
-    def forward(self, latent: Tensor, omega: Tensor, nu: Tensor, form: Form) -> tuple[Tensor, Tensor, Kept]:
-        """Returns y (N, r2), gates (N, K), and what the backward pass needs."""
+    def forward(self, given: Given, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns y (N, r2), probabilities and gates (N, K)."""
         ...
 
     def backward(
-        self, kept: Kept, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None
+        self, given: Given, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradients of latent, omega and nu from those of y, probabilities and gates."""
+        """Returns the gradients of what was given from those of y, probabilities and gates."""
         ...
 
 
@@ -111,32 +109,24 @@ def prior_gates(p: Tensor, omega: Tensor, nu: Tensor, form: Form) -> Tensor:
     return gam * g
 
 
-def routed_grid(kernel: Kernel, latent: Tensor, omega: Tensor, nu: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns y (N, r2), and probabilities (N, 1, K) and gates (N, 1, K) of the K = r1 r2 experts, by a kernel.
-
-    Args:
-        kernel: `find_kernel` gave it for this latent and this form.
-        latent: (N, r1 + K) what the down vectors gave, then the router's logits.
-        omega: (1,) logit of the mix.
-        nu: (1,) logit of the scale.
-        form: what is computed.
-    """
-    mixed, p, g = _RoutedGrid.apply(kernel, latent, omega, nu, form)
-    return mixed, p[:, None], g[:, None]
+def routed_grid(kernel: Kernel, given: Given, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y (N, r2), and probabilities and gates (N, 1, K) of the K = r1 r2 experts, by a kernel that was found."""
+    y, p, g = _RoutedGrid.apply(*given, kernel, form)
+    return y, p[:, None], g[:, None]
 
 
 class _RoutedGrid(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernel: Kernel, latent: Tensor, omega: Tensor, nu: Tensor, form: Form
+        ctx: Any, latent: Tensor, omega: Tensor, nu: Tensor, kernel: Kernel, form: Form
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mixed, g, kept = kernel.forward(latent, omega, nu, form)
-        ctx.save_for_backward(*kept)
+        given = Given(latent, omega, nu)
+        ctx.save_for_backward(*given)
         ctx.set_materialize_grads(False)
         ctx.kernel, ctx.form = kernel, form
-        return mixed, kept.p, g
+        return kernel.forward(given, form)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *ctx.kernel.backward(Kept(*ctx.saved_tensors), ctx.form, *slopes), None
+        return *ctx.kernel.backward(Given(*ctx.saved_tensors), ctx.form, *slopes), None, None

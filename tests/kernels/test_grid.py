@@ -14,7 +14,7 @@ from smore_cli.methods import Site
 from smore_cli.methods.trex import TRexConfig
 from smore_cli.nn import AdapterContext, prior
 from smore_cli.nn.gate_edit import GateEdit
-from smore_cli.nn.routed_grid import Form, Prior, grid, prior_gates, routed_grid
+from smore_cli.nn.routed_grid import Form, Given, Prior, grid, prior_gates, routed_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def prior_of(kind: str, tokens: int, experts: int) -> Prior | None:
 def by_kernel(latent: Tensor, omega: Tensor, nu: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
     kernel = grid_kernel.find(latent, form)
     assert kernel is not None
-    return routed_grid(kernel, latent, omega, nu, form)
+    return routed_grid(kernel, Given(latent, omega, nu), form)
 
 
 def by_pytorch(latent: Tensor, omega: Tensor, nu: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from smore_cli.nn.routed_grid import Form, Prior, grid, prior_gates
+from smore_cli.nn.routed_grid import Form, Given, Prior, grid, prior_gates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.skipif(
@@ -42,19 +42,19 @@ def test_the_kernel_computes_what_pytorch_does(kind: str, size: tuple[int, int, 
         Form(down, 8.0, 4.0, 10.0, Prior(each, documents) if kind != "none" else None) for each in (s, s.double())
     )
     omega, nu = torch.tensor([0.05, -0.03], device=DEVICE).split(1)
-    mixed, g, kept = kernel.forward(latent, omega, nu, form)
+    given = Given(latent, omega, nu)
     leaves = [each.double().requires_grad_() for each in (latent, omega, nu)]
     p = leaves[0][:, None, down:].softmax(-1)
     gates = prior_gates(p, *leaves[1:], exact)
     outputs = (grid(leaves[0][:, :down], gates), p[:, 0], gates[:, 0])
-    for ours, wanted in zip((mixed, kept.p, g), outputs, strict=True):
+    for ours, wanted in zip(kernel.forward(given, form), outputs, strict=True):
         torch.testing.assert_close(ours.double(), wanted, rtol=4e-6, atol=4e-6)
     for slopes in ((dy, dp, dg), (dy, None, None), (None, dp, None), (None, None, dg), (dy, None, dg)):
         loss = sum(
             (out * slope.double()).sum() for out, slope in zip(outputs, slopes, strict=True) if slope is not None
         )
         wanted = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-        for ours, each in zip(kernel.backward(kept, form, *slopes), wanted, strict=True):
+        for ours, each in zip(kernel.backward(given, form, *slopes), wanted, strict=True):
             torch.testing.assert_close(ours.double(), each, rtol=5e-5, atol=5e-5)
 
 
@@ -62,8 +62,8 @@ def test_a_latent_that_is_no_number_gives_none(kernel: Any) -> None:
     latent = torch.ones(3, 4 + 32, device=DEVICE)
     latent[1, -1] = float("nan")
     nothing = torch.zeros(1, device=DEVICE)
-    mixed, _, kept = kernel.forward(latent, nothing, nothing, Form(4, 32.0, 4.0, 100.0, None))
-    assert mixed.isnan().any(1).tolist() == kept.p.isnan().any(1).tolist() == [False, True, False]
+    mixed, p, _ = kernel.forward(Given(latent, nothing, nothing), Form(4, 32.0, 4.0, 100.0, None))
+    assert mixed.isnan().any(1).tolist() == p.isnan().any(1).tolist() == [False, True, False]
 
 
 def test_it_is_tried_before_it_is_used(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
