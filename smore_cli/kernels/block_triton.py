@@ -20,7 +20,7 @@ from smore_cli.nn.selection import All, TopK
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TritonBlock"]
+__all__ = ["TritonBlock", "on"]
 
 ELEMENTS = 2048
 """Numbers of (T, S, R) that a program holds at a time."""
@@ -121,7 +121,7 @@ class TritonBlock:
         g = None if picked is None else torch.empty_like(p)
         mixed = latent.new_empty(n, form.experts * form.rank)
         grid, sizes = _blocks(n, form)
-        with _on(latent.device):
+        with on(latent.device):
             _mix[grid](
                 latent, latent.stride(0), p, p if g is None else g, _bytes(p if picked is None else picked), mixed,
                 n, form.experts, form.rank, select.k if isinstance(select, TopK) else 0,
@@ -136,7 +136,7 @@ class TritonBlock:
         out = torch.empty(latent.shape, device=latent.device)
         grid, sizes = _blocks(len(latent), form)
         has = dict(zip(("DY", "DP", "DG"), [each is not None for each in given], strict=True))
-        with _on(latent.device):
+        with on(latent.device):
             _slopes[grid](
                 latent, latent.stride(0), p, p if g is None else g, _bytes(p if picked is None else picked),
                 *(p if each is None else each for each in given), out, len(latent), form.experts, form.rank,
@@ -166,7 +166,7 @@ def _blocks(n: int, form: Form) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(n, T),), {"T": T, "S": S, "R": R}
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Inside, Triton launches on the device: a model may lie on several, of which one is the current."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
