@@ -6,17 +6,12 @@ import ctypes
 
 from torch import Tensor, nn
 
-__all__ = ["plain", "pointer", "readable"]
+__all__ = ["plain", "pointer"]
 
 
 def plain(tensor: Tensor) -> bool:
     """Whether its numbers are all here: nothing sharded, traced or faked."""
     return type(tensor) in (Tensor, nn.Parameter)
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether its numbers lie in the memory of the CPU."""
-    return plain(tensor) and tensor.device.type == "cpu"
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -1,7 +1,8 @@
 """The core of an S'MoRE tree as one C call a direction, where that is the same function: see `tree.c`.
 
 The core is some 200 operations on a few numbers a token: PyTorch spends its time on making, filling and freeing
-tensors that the next operation reads once. The kernel takes a few tokens at a time through all of it.
+tensors that the next operation reads once. The kernel takes a few tokens at a time through all of it. On a GPU that is
+`tree_triton.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from smore_cli.kernels.compiled import library
-from smore_cli.kernels.readable import pointer, readable
+from smore_cli.kernels.readable import plain, pointer
+from smore_cli.kernels.tree_shape import shape_of
 from smore_cli.nn.context import current_context
 from smore_cli.nn.threads import all_threads
 from smore_cli.nn.tree_router import Choice, Picks
@@ -23,8 +25,9 @@ from smore_cli.nn.tree_router import Choice, Picks
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from smore_cli.kernels.tree_shape import Shape
     from smore_cli.nn.tree import Tree
-    from smore_cli.nn.tree_recompute import Gradients
+    from smore_cli.nn.tree_recompute import Gradients, Kernel
     from smore_cli.nn.tree_router import LevelRouter
 
 __all__ = ["TreeKernel", "find"]
@@ -58,26 +61,53 @@ class _Picks(ctypes.Structure):
     _fields_ = [(name, _Pointers) for name in ("chosen", "alpha", "logits", "probabilities")]
 
 
-def find(tree: Tree, latent: Tensor, parameters: Sequence[Tensor]) -> TreeKernel | None:
+def find(tree: Tree, latent: Tensor, parameters: Sequence[Tensor]) -> Kernel | None:
     """Returns the kernel for a tree's core, or None where PyTorch must do it: another device, dtype or form of tree.
+
+    On a CPU it is `tree.c`, on a GPU `tree_triton.py`, if Triton is there and gives what PyTorch gives.
 
     Args:
         tree: any.
         latent: (N, R) what it would be given.
         parameters: of the names `Tree.core_names`, what it would compute with.
     """
-    if latent.dtype != torch.float32 or not len(latent) or not all(map(readable, (latent, *parameters))):
+    device = latent.device
+    if latent.dtype != torch.float32 or not len(latent) or device.type not in ("cpu", "cuda"):
+        return None
+    if not all(plain(each) and each.device == device for each in (latent, *parameters)):
         return None
     context = current_context()
     if context is not None and context.edit is not None:
         return None
-    if tree not in _KERNELS:
-        compiled = library("tree") if _has_form(tree) else None
-        _KERNELS[tree] = None if compiled is None else TreeKernel(tree, compiled)
-    return _KERNELS[tree]
+    known = _KERNELS.setdefault(tree, {})
+    if device not in known:
+        make = _compiled if device.type == "cpu" else _triton
+        known[device] = make(tree, device) if _has_form(tree) else None
+    return known[device]
 
 
-_KERNELS: WeakKeyDictionary[Tree, TreeKernel | None] = WeakKeyDictionary()
+_KERNELS: WeakKeyDictionary[Tree, dict[torch.device, Kernel | None]] = WeakKeyDictionary()
+_TRITON: dict[tuple[Shape, torch.device], Kernel | None] = {}
+"""Compiled and tried once a shape: a model's trees have few."""
+
+
+def _compiled(tree: Tree, _: torch.device) -> Kernel | None:
+    compiled = library("tree")
+    return None if compiled is None else TreeKernel(tree, compiled)
+
+
+def _triton(tree: Tree, device: torch.device) -> Kernel | None:
+    shape = shape_of(tree)
+    if shape is None:
+        return None
+    try:
+        from smore_cli.kernels.tree_triton import TritonTree
+    except ImportError:
+        return None
+    if (shape, device) not in _TRITON:
+        kernel = TritonTree(shape)
+        _TRITON[shape, device] = kernel if kernel.works(tree, device) else None
+    return _TRITON[shape, device]
 
 
 def _has_form(tree: Tree) -> bool:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from smore_cli.nn.tree import Tree
     from smore_cli.nn.tree_router import Picks
 
-__all__ = ["Gradients", "Kernel", "find_kernel", "no_kernel", "recomputed"]
+__all__ = ["Core", "Gradients", "Kernel", "find_kernel", "no_kernel", "recomputed"]
 
 DIFFERENTIABLE = ("alpha", "logits", "probabilities", "smooth_load")
 
@@ -98,14 +98,15 @@ def _outputs(state: Tensor, picks: Sequence[Picks]) -> tuple[Tensor, ...]:
     return (state, *(getattr(picked, name) for picked in picks for name in _made(picked)))
 
 
-class _Core(nn.Module):
+class Core(nn.Module):
     """A tree's core as a module's forward pass, which `functional_call` gives parameters to."""
 
     def __init__(self, tree: Tree) -> None:
         super().__init__()
         self.tree = tree
 
-    def forward(self, latent: Tensor, again: Sequence[Choice]) -> tuple[Tensor, list[Picks]]:
+    def forward(self, latent: Tensor, again: Sequence[Choice] | None) -> tuple[Tensor, list[Picks]]:
+        """Does what `Tree.core` does."""
         return self.tree.core(latent, again)
 
 
@@ -149,7 +150,7 @@ class _Recomputed(torch.autograd.Function):
             latent, *parameters = (each.detach().requires_grad_(n) for each, n in zip(inputs, needs, strict=True))
             # The values of then: whoever lends a module its parameters for a call has taken them back by now.
             lent = {f"tree.{name}": each for name, each in zip(ctx.names, parameters, strict=True)}
-            outputs = _outputs(*functional_call(_Core(ctx.tree), lent, (latent, again)))
+            outputs = _outputs(*functional_call(Core(ctx.tree), lent, (latent, again)))
             reached = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
             wanted = [tensor for tensor, need in zip((latent, *parameters), needs, strict=True) if need]
             outs, slopes = ([pair[i] for pair in reached] for i in (0, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,11 +12,9 @@ import torch
 from smore_cli import kernels
 from smore_cli.kernels import compiled
 from smore_cli.kernels import tree as tree_kernel
-from smore_cli.methods import Site
-from smore_cli.methods.smore import SMoREConfig
 from smore_cli.nn import AdapterContext, tree_recompute
 from smore_cli.nn.gate_edit import GateEdit
-from tests.nn.trees import randomise_
+from tests.kernels.trees import FORMS, OTHER_FORMS, assert_close, make, step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,52 +23,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(compiled.library("tree") is None, reason="no C compiler on this machine")
 
-FORMS: dict[str, dict[str, Any]] = {
-    "as by default": {},
-    "one level": {"rank": [3], "num_experts": [5], "fanout": [2]},
-    "three levels": {"rank": [8, 4, 3], "num_experts": [4, 3, 5], "fanout": [2, 3, 2], "alpha": [4.0, 2.0, 9.0]},
-    "four levels": {"rank": [2, 1, 2, 1], "num_experts": [3, 2, 4, 2], "fanout": [2, 1, 2, 2]},
-    "relu, tanh in the router": {"activation": "relu", "router_activation": "tanh"},
-    "identity": {"activation": "identity", "router_activation": "identity"},
-    "dense": {"gate": "dense", "num_experts": [3, 2]},
-    "pool weights": {"gate_weights": "pool"},
-    "single children": {"fanout": [1, 1]},
-    "a single child on top": {"fanout": [2, 1]},
-    "selected weights": {"gate_weights": "selected", "fanout": [2, 1]},
-    "odd widths": {"fanout": [1, 2], "rank": [3, 5], "router_dim": 7, "key_dim": 13},
-    "shared pool": {"shared_pool": True, "rank": [2, 2, 2], "num_experts": [4, 4, 4], "fanout": [2, 2, 2]},
-    "one expert": {"num_experts": [4, 1], "fanout": [2, 1]},
-}
-OTHER_FORMS: dict[str, dict[str, Any]] = {
-    "noise": {"gate": "noisy_topk"},
-    "cosine": {"score": "cosine"},
-    "star": {"activation_position": "child_v2"},
-    "prelu": {"activation": "prelu"},
-    "prelu in the router": {"router_activation": "prelu"},
-    "many experts": {"num_experts": [4, 17]},
-    "many nodes": {"rank": [1, 1, 1], "num_experts": [5, 5, 5], "fanout": [5, 5, 3]},
-}
 
-
-def make(**fields: Any) -> Tree:
-    torch.manual_seed(0)
-    tree = cast("Tree", SMoREConfig(init="normal", **fields).build(Site("site", 24, 20)))
-    randomise_(tree)
-    return tree
-
-
-def step(tree: Tree, latent: Tensor, slope: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the state, the balance loss and all gradients; and how often each expert was picked."""
-    latent = latent.clone().requires_grad_()
-    with AdapterContext(token_mask=mask) as context:
-        state = tree.middle(latent)
-    aux = context.aux_loss()
-    parameters = [attrgetter(name)(tree) for name in tree.core_names]
-    found = torch.autograd.grad((state * slope).sum() + 30 * aux, [latent, *parameters])
-    return [state.detach(), aux.detach(), *found], [each.load for each in context.loads]
-
-
-def kernel_of(tree: Tree, latent: Tensor) -> tree_kernel.TreeKernel | None:
+def kernel_of(tree: Tree, latent: Tensor) -> tree_recompute.Kernel | None:
     return tree_kernel.find(tree, latent, [attrgetter(name)(tree) for name in tree.core_names])
 
 
@@ -84,10 +38,7 @@ def test_the_kernel_computes_what_the_equations_give_in_float64(form: str, token
     assert kernel_of(tree, latent) is not None
     found, loads = step(tree, latent, slope, mask)
     exact, exact_loads = step(tree.double(), latent.double(), slope.double(), mask)  # float64 goes by PyTorch
-    for name, a, b in zip(["state", "aux", "latent", *tree.core_names], found, exact, strict=True):
-        assert a.dtype == torch.float32
-        scale = max(float(b.abs().max()), 0.1)  # gradients that nearly vanish are sums of larger terms
-        assert float((a - b).abs().max()) < 5e-5 * scale, name
+    assert_close(dict(zip(["state", "aux", "latent", *tree.core_names], found, strict=True)), exact)
     for a, b in zip(loads, exact_loads, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-6)
 
