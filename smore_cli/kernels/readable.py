@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = ["plain", "pointer", "readable"]
+
+PLAIN = frozenset({Tensor, nn.Parameter})
+_is_cpu = attrgetter("is_cpu")
 
 
 def plain(tensor: Tensor) -> bool:
     """Whether its numbers are all here: nothing sharded, traced or faked."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    return type(tensor) in PLAIN
 
 
-def readable(tensor: Tensor) -> bool:
-    """Whether its numbers lie in the memory of the CPU."""
-    return plain(tensor) and tensor.device.type == "cpu"
+def readable(tensors: Sequence[Tensor]) -> bool:
+    """Whether their numbers lie in the memory of the CPU."""
+    return PLAIN.issuperset(map(type, tensors)) and all(map(_is_cpu, tensors))
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
