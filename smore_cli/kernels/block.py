@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smore_cli.kernels.compiled import library
-from smore_cli.kernels.readable import plain, pointer
+from smore_cli.kernels.readable import plain
 from smore_cli.nn.entropy import EntropyHybrid
 from smore_cli.nn.routed_block import Kept, route
 from smore_cli.nn.selection import All, TopK, TopP
@@ -104,6 +104,8 @@ class BlockKernel:
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self._forward, self._backward = compiled.smore_block_forward, compiled.smore_block_backward
+        self._forward.argtypes = [ctypes.POINTER(_Block), ctypes.c_void_p]
+        self._backward.argtypes = [ctypes.POINTER(_Block), *[ctypes.c_void_p] * 4]
 
     def forward(self, latent: Tensor, form: Form) -> tuple[Tensor, Kept]:
         """Does what `routed_block.forward` does."""
@@ -119,7 +121,7 @@ class BlockKernel:
         g = None if picked is None else torch.empty_like(p)
         kept = Kept(latent, p, g, picked, None)
         mixed = latent.new_empty(n, s * form.rank)
-        self._forward(ctypes.byref(_block(kept, form, picks)), pointer(mixed))
+        self._forward(_block(kept, form, picks), mixed.data_ptr())
         return mixed, kept
 
     def backward(self, kept: Kept, form: Form, dy: Tensor | None, dp: Tensor | None, dg: Tensor | None) -> Tensor:
@@ -127,7 +129,7 @@ class BlockKernel:
         given = [None if each is None else each.contiguous() for each in (dy, dp, dg)]
         out = torch.empty(kept.latent.shape)
         block = _block(kept, form, ALL if kept.picked is None else GIVEN)
-        self._backward(ctypes.byref(block), *(None if each is None else pointer(each) for each in given), pointer(out))
+        self._backward(block, *(None if each is None else each.data_ptr() for each in given), out.data_ptr())
         return out
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from smore_cli.kernels.compiled import library
-from smore_cli.kernels.readable import plain, pointer
+from smore_cli.kernels.readable import together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +46,9 @@ def find(latent: Tensor, form: Form) -> Kernel | None:
     if latent.dtype != torch.float32 or not len(latent) or latent.shape[1] - form.down > MOST_EXPERTS:
         return None
     given = [each for each in form.prior or () if each is not None]
-    if not all(map(plain, (latent, *given))) or latent.stride(1) != 1:
+    if not together((latent, *given)) or latent.stride(1) != 1:
         return None
-    if not all(each.is_contiguous() and not each.requires_grad and each.device == latent.device for each in given):
+    if not all(each.is_contiguous() and not each.requires_grad for each in given):
         return None
     if latent.device.type == "cpu":
         return _compiled()
@@ -76,13 +76,15 @@ class CompiledGrid:
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self._forward, self._backward = compiled.smore_grid_forward, compiled.smore_grid_backward
+        self._forward.argtypes = [ctypes.POINTER(_Grid), *[ctypes.c_void_p] * 3]
+        self._backward.argtypes = [ctypes.POINTER(_Grid), *[ctypes.c_void_p] * 5]
 
     def forward(self, given: Given, form: Form) -> tuple[Tensor, Tensor, Tensor]:
         """See `routed_grid.Kernel`."""
         n, width = given.latent.shape
         k = width - form.down
         y, p, g = (given.latent.new_empty(n, each) for each in (k // form.down, k, k))
-        self._forward(_grid(given, form), pointer(y), pointer(p), pointer(g))
+        self._forward(_grid(given, form), y.data_ptr(), p.data_ptr(), g.data_ptr())
         return y, p, g
 
     def backward(
@@ -91,18 +93,16 @@ class CompiledGrid:
         """See `routed_grid.Kernel`."""
         slopes = [None if each is None else each.contiguous() for each in (dy, dp, dg)]
         out, of_logits = torch.empty(given.latent.shape), torch.empty(2)
-        found = [None if each is None else pointer(each) for each in slopes]
-        self._backward(_grid(given, form), *found, pointer(out), pointer(of_logits))
+        found = [None if each is None else each.data_ptr() for each in slopes]
+        self._backward(_grid(given, form), *found, out.data_ptr(), of_logits.data_ptr())
         return out, of_logits[:1], of_logits[1:]
 
 
-def _grid(given: Given, form: Form) -> Any:
+def _grid(given: Given, form: Form) -> _Grid:
     n, width = given.latent.shape
     sequences, documents = form.prior or (None, None)
-    return ctypes.byref(
-        _Grid(
-            n, given.latent.stride(0), n if sequences is None else n // len(sequences),
-            form.down, width // form.down - 1, form.token_scale, form.prior_scale, form.sharpness,
-            *(None if each is None else each.data_ptr() for each in (*given, sequences, documents)),
-        )
+    return _Grid(
+        n, given.latent.stride(0), n if sequences is None else n // len(sequences),
+        form.down, width // form.down - 1, form.token_scale, form.prior_scale, form.sharpness,
+        *(None if each is None else each.data_ptr() for each in (*given, sequences, documents)),
     )  # fmt: skip

@@ -1,19 +1,26 @@
-"""Which tensors a kernel can read, and where they are."""
+"""Which tensors a kernel can read."""
 
 from __future__ import annotations
 
-import ctypes
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-__all__ = ["plain", "pointer"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["plain", "together"]
+
+PLAIN = frozenset({Tensor, nn.Parameter})
+_device = attrgetter("device")
 
 
 def plain(tensor: Tensor) -> bool:
     """Whether its numbers are all here: nothing sharded, traced or faked."""
-    return type(tensor) in (Tensor, nn.Parameter)
+    return type(tensor) in PLAIN
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """Returns the address of its first number."""
-    return ctypes.c_void_p(tensor.data_ptr())
+def together(tensors: Sequence[Tensor]) -> bool:
+    """Whether all of them are plain, on one device."""
+    return PLAIN.issuperset(map(type, tensors)) and len(set(map(_device, tensors))) == 1

@@ -192,32 +192,34 @@ static int column_of(const Shape *q, int k) { /* where the key of an ancestor on
     return n;
 }
 
-static float *part(float **rest, long n) {
+static float *part(float *const **given, float **rest, long n) {
+    if (*given) return *(*given)++;
     float *found = *rest;
     *rest += n;
     return found;
 }
 
-/* All parameters in one row, in this order, which is that of `names` in tree.py; returns how many floats they are. */
-static long point(const Shape *q, Parameters *p, float *at) {
-    float *rest = at;
+/* The parameters, in this order, which is that of `names` in tree.py, where `given` says; NULL: in one row from `at`.
+   The tables come after what is there. Returns how many floats are. */
+static long point(const Shape *q, Parameters *p, float *const *given, float *at) {
+    float *rest = at, *const *none = NULL;
     int pools = q->pool[q->levels - 1] + 1;
-    for (int l = 0; l < pools; l++) p->B[l] = part(&rest, (long)q->s[l] * q->d[l + 1] * q->r[l]);
-    for (int l = 0; l < pools; l++) p->b[l] = part(&rest, (long)q->s[l] * q->d[l + 1]);
-    for (int l = 1; l < q->levels; l++) p->W[l] = part(&rest, (long)q->d[l + 1] * q->d[l]);
-    for (int l = 1; l < q->levels; l++) p->w[l] = part(&rest, q->d[l + 1]);
-    p->delta = part(&rest, q->width);
+    for (int l = 0; l < pools; l++) p->B[l] = part(&given, &rest, (long)q->s[l] * q->d[l + 1] * q->r[l]);
+    for (int l = 0; l < pools; l++) p->b[l] = part(&given, &rest, (long)q->s[l] * q->d[l + 1]);
+    for (int l = 1; l < q->levels; l++) p->W[l] = part(&given, &rest, (long)q->d[l + 1] * q->d[l]);
+    for (int l = 1; l < q->levels; l++) p->w[l] = part(&given, &rest, q->d[l + 1]);
+    p->delta = part(&given, &rest, q->width);
     for (int l = 0; l < q->levels; l++) {
-        p->keys[l] = part(&rest, (long)q->s[l] * q->m[l]);
-        p->W1[l] = part(&rest, (long)q->m[l] * columns(q, l));
-        p->b1[l] = part(&rest, q->m[l]);
-        p->W2[l] = part(&rest, (long)q->m[l] * q->m[l]);
-        p->b2[l] = part(&rest, q->m[l]);
+        p->keys[l] = part(&given, &rest, (long)q->s[l] * q->m[l]);
+        p->W1[l] = part(&given, &rest, (long)q->m[l] * columns(q, l));
+        p->b1[l] = part(&given, &rest, q->m[l]);
+        p->W2[l] = part(&given, &rest, (long)q->m[l] * q->m[l]);
+        p->b2[l] = part(&given, &rest, q->m[l]);
     }
     for (int l = 0; l < q->levels; l++) {
-        p->K2[l] = part(&rest, (long)q->s[l] * q->m[l]);
-        p->kb[l] = part(&rest, q->s[l]);
-        for (int k = l + 1; k < q->levels; k++) p->table[l][k] = part(&rest, (long)q->s[k] * q->m[l]);
+        p->K2[l] = part(&none, &rest, (long)q->s[l] * q->m[l]);
+        p->kb[l] = part(&none, &rest, q->s[l]);
+        for (int k = l + 1; k < q->levels; k++) p->table[l][k] = part(&none, &rest, (long)q->s[k] * q->m[l]);
     }
     return rest - at;
 }
@@ -239,6 +241,15 @@ static void make_tables(const Shape *q, Parameters *p) { /* K2, kb and table are
             small_product(p->table[l][k], m, p->keys[k], q->m[k], 1, p->W1[l] + column_of(q, k), 1, columns(q, l),
                           q->s[k], q->m[k], m);
     }
+}
+
+static float *prepare(const Shape *q, Parameters *p, float *const *given) { /* returns the tables' memory; NULL: none */
+    float *tables = calloc(point(q, p, given, (float *)64), sizeof(float));
+    if (tables) {
+        point(q, p, given, tables);
+        make_tables(q, p);
+    }
+    return tables;
 }
 
 /* From the gradients of K2, kb and the tables to those of what they are made of. */
@@ -562,19 +573,17 @@ static int thread(void) {
 /* Floats of all parameters and tables. */
 int64_t smore_tree_size(const Shape *q) {
     Parameters p;
-    return point(q, &p, (float *)64);
+    return point(q, &p, NULL, (float *)64);
 }
 
 /* Returns 0, or 1 where there was no memory.
 
-   parameters: of smore_tree_size; the tables, at its end, are zero. latent: N rows of `stride`.
-   state (N, d_L) and all of `picks` are written. */
-int smore_tree_forward(const Shape *q, float *parameters, const float *latent, int64_t stride, int64_t N, float *state,
-                       const Picks *picks, int threads) {
+   latent: N rows of `stride`. state (N, d_L) and all of `picks`, unless it is NULL, are written. */
+int smore_tree_forward(const Shape *q, float *const *parameters, const float *latent, int64_t stride, int64_t N,
+                       float *state, const Picks *picks, int threads) {
     Parameters p;
-    int failed = 0;
-    point(q, &p, parameters);
-    make_tables(q, &p);
+    float *tables = prepare(q, &p, parameters);
+    int failed = !tables;
 #pragma omp parallel num_threads(threads)
     {
         Block z;
@@ -588,7 +597,7 @@ int smore_tree_forward(const Shape *q, float *parameters, const float *latent, i
             int n = N - start < T ? N - start : T, L = q->levels;
             grow(q, &p, &z, latent, stride, NULL, N, start, n);
             store_tokens(state, z.x[L], q->d[L], start, n);
-            for (int l = 0; l < L; l++) {
+            for (int l = 0; l < (picks ? L : 0); l++) {
                 long P = parents(q, l), s = q->s[l], nodes = P * q->f[l];
                 store_rows(picks->alpha[l], z.alpha[l], nodes, N, start, n);
                 for (long a = 0; a < P; a++)
@@ -605,6 +614,7 @@ int smore_tree_forward(const Shape *q, float *parameters, const float *latent, i
             }
         }
     }
+    free(tables);
     return failed;
 }
 
@@ -612,18 +622,18 @@ int smore_tree_forward(const Shape *q, float *parameters, const float *latent, i
 
    The forward pass is made once more, with the children that were picked then. gradients: one row of smore_tree_size
    for each thread, all zero; the first is what is looked for. dlatent (N, latent) is written. */
-int smore_tree_backward(const Shape *q, float *parameters, const float *latent, int64_t stride, int64_t N,
+int smore_tree_backward(const Shape *q, float *const *parameters, const float *latent, int64_t stride, int64_t N,
                         const float *dstate, const Picks *picks, const Picks *grads, float *dlatent, float *gradients,
                         int threads) {
     Parameters p, first;
-    int failed = 0;
-    long size = point(q, &p, parameters);
-    make_tables(q, &p);
+    float *tables = prepare(q, &p, parameters);
+    long size = smore_tree_size(q);
+    int failed = !tables;
 #pragma omp parallel num_threads(threads)
     {
         Block z;
         Parameters g;
-        point(q, &g, gradients + thread() * size);
+        point(q, &g, NULL, gradients + thread() * size);
         if (!workspace(q, &z)) {
 #pragma omp atomic write
             failed = 1;
@@ -643,7 +653,8 @@ int smore_tree_backward(const Shape *q, float *parameters, const float *latent, 
     }
     for (int k = 1; k < threads; k++)
         for (long i = 0; i < size; i++) gradients[i] += gradients[k * size + i];
-    point(q, &first, gradients);
-    unmake_tables(q, &p, &first);
+    point(q, &first, NULL, gradients);
+    if (!failed) unmake_tables(q, &p, &first);
+    free(tables);
     return failed;
 }

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from smore_cli.kernels.compiled import library
-from smore_cli.kernels.readable import plain, pointer
+from smore_cli.kernels.readable import together
 from smore_cli.kernels.tree_shape import shape_of
 from smore_cli.nn.context import current_context
 from smore_cli.nn.threads import all_threads
@@ -61,6 +61,12 @@ class _Picks(ctypes.Structure):
     _fields_ = [(name, _Pointers) for name in ("chosen", "alpha", "logits", "probabilities")]
 
 
+_to_shape, _to_picks, _address, _long = ctypes.POINTER(_Shape), ctypes.POINTER(_Picks), ctypes.c_void_p, ctypes.c_int64
+_FORWARD: list[Any] = [_to_shape, _address, _address, _long, _long, _address, _to_picks, ctypes.c_int]
+_BACKWARD: list[Any] = [*_FORWARD[:-1], _to_picks, _address, _address, ctypes.c_int]
+"""What the two functions of tree.c are given."""
+
+
 def find(tree: Tree, latent: Tensor, parameters: Sequence[Tensor]) -> Kernel | None:
     """Returns the kernel for a tree's core, or None where PyTorch must do it: another device, dtype or form of tree.
 
@@ -72,17 +78,14 @@ def find(tree: Tree, latent: Tensor, parameters: Sequence[Tensor]) -> Kernel | N
         parameters: of the names `Tree.core_names`, what it would compute with.
     """
     device = latent.device
-    if latent.dtype != torch.float32 or not len(latent) or device.type not in ("cpu", "cuda"):
-        return None
-    if not all(plain(each) and each.device == device for each in (latent, *parameters)):
+    if latent.dtype != torch.float32 or not len(latent) or not together((latent, *parameters)):
         return None
     context = current_context()
     if context is not None and context.edit is not None:
         return None
     known = _KERNELS.setdefault(tree, {})
     if device not in known:
-        make = _compiled if device.type == "cpu" else _triton
-        known[device] = make(tree, device) if _has_form(tree) else None
+        known[device] = _MAKERS[device.type](tree, device) if device.type in _MAKERS and _has_form(tree) else None
     return known[device]
 
 
@@ -110,6 +113,9 @@ def _triton(tree: Tree, device: torch.device) -> Kernel | None:
     return _TRITON[shape, device]
 
 
+_MAKERS = {"cpu": _compiled, "cuda": _triton}
+
+
 def _has_form(tree: Tree) -> bool:
     """Whether tree.c has this form of tree."""
     router = tree.router
@@ -132,36 +138,41 @@ class TreeKernel:
     def __init__(self, tree: Tree, compiled: ctypes.CDLL) -> None:
         self._fanout, self._shape = list(tree.router.fanout), _shape(tree)
         self._forward, self._backward = compiled.smore_tree_forward, compiled.smore_tree_backward
+        self._forward.argtypes, self._backward.argtypes = _FORWARD, _BACKWARD
+        self._width = tree.widths[-1]
         compiled.smore_tree_size.restype = ctypes.c_int64
         self._size = int(compiled.smore_tree_size(ctypes.byref(self._shape)))
 
-    def forward(self, latent: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Picks]]:
+    def forward(
+        self, latent: Tensor, parameters: Sequence[Tensor], *, heard: bool = True
+    ) -> tuple[Tensor, list[Picks]]:
         """Returns x_L, (N, d_L), and the picks, as `Tree.core` does, from latents (N, R).
 
         Args:
             latent: (N, R).
             parameters: of the names `Tree.core_names`.
+            heard: whether anybody wants the picks; otherwise there are none.
 
         Raises:
             MemoryError: a thread's workspace does not fit, some hundred KiB.
         """
         n, shape = len(latent), self._shape
         latent = latent.detach() if latent.stride(1) == 1 else latent.detach().contiguous()
-        state = latent.new_empty(n, shape.d[shape.levels])
+        state = latent.new_empty(n, self._width)
         picks = list[Picks]()
-        for l in range(shape.levels):
+        for l in range(shape.levels if heard else 0):
             path = self._fanout[l + 1 :]
             chosen = torch.empty(shape.f[l], *path, n, dtype=torch.int64)
             alpha, logits, probabilities = (latent.new_empty(c, *path, n) for c in (shape.f[l], shape.s[l], shape.s[l]))
             picks.append(Picks(Choice(chosen), alpha, logits, probabilities))
-        flat = self._flat(parameters)
         found = _Picks()
         for l, each in enumerate(picks):
             found.chosen[l], found.alpha[l] = each.chosen.data_ptr(), each.alpha.data_ptr()
             found.logits[l], found.probabilities[l] = each.logits.data_ptr(), each.probabilities.data_ptr()
+        parameters = _dense(parameters)
         failed = self._forward(
-            ctypes.byref(shape), pointer(flat), pointer(latent), ctypes.c_int64(latent.stride(0)), ctypes.c_int64(n),
-            pointer(state), ctypes.byref(found), _threads(n),
+            shape, _addresses(parameters), latent.data_ptr(), latent.stride(0), n, state.data_ptr(),
+            found if heard else None, _threads(n),
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the kernel of a tree's core")
@@ -193,11 +204,11 @@ class TreeKernel:
                     alive.append(grad.contiguous())
                     getattr(slopes, name)[l] = alive[-1].data_ptr()
         threads = _threads(n)
-        flat, found = self._flat(parameters), latent.new_zeros(threads, self._size)
+        dense, found = _dense(parameters), latent.new_zeros(threads, self._size)
         d_latent = latent.new_empty(n, shape.latent)
         failed = self._backward(
-            ctypes.byref(shape), pointer(flat), pointer(latent), ctypes.c_int64(latent.stride(0)), ctypes.c_int64(n),
-            pointer(d_state), ctypes.byref(picked), ctypes.byref(slopes), pointer(d_latent), pointer(found), threads,
+            shape, _addresses(dense), latent.data_ptr(), latent.stride(0), n, d_state.data_ptr(), picked, slopes,
+            d_latent.data_ptr(), found.data_ptr(), threads,
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the kernel of a tree's core")
@@ -206,12 +217,15 @@ class TreeKernel:
         grads = [grad.view(p.shape).to(p.dtype) for grad, p in zip(each, parameters, strict=True)]
         return [d_latent, *grads]
 
-    def _flat(self, parameters: Sequence[Tensor]) -> Tensor:
-        """Returns all parameters in one row, and room for the tables that the kernel makes of them."""
-        flat = torch.zeros(self._size)
-        known = [parameter.detach().flatten() for parameter in parameters]
-        torch.cat(known, out=flat[: sum(map(len, known))])
-        return flat
+
+def _dense(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Returns them as the kernel reads them: float32, row by row."""
+    float32 = torch.float32
+    return [p if p.dtype is float32 and p.is_contiguous() else p.float().contiguous() for p in parameters]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
 def names(tree: Tree) -> list[str]:

@@ -185,12 +185,15 @@ class TritonTree:
     def __init__(self, shape: Shape, programs: int | None = None) -> None:
         self.shape, self.programs = shape, programs
 
-    def forward(self, latent: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Picks]]:
+    def forward(
+        self, latent: Tensor, parameters: Sequence[Tensor], *, heard: bool = True
+    ) -> tuple[Tensor, list[Picks]]:
         """Returns x_L, (N, d_L), and the picks, as `Tree.core` does, from latents (N, R).
 
         Args:
             latent: (N, R).
             parameters: of the names `Tree.core_names`.
+            heard: whether anybody wants the picks; they are made in any case, as the kernel walks up by them.
         """
         latent = latent if latent.stride(1) == 1 else latent.contiguous()
         n, q = len(latent), self.shape

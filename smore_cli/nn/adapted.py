@@ -113,7 +113,7 @@ class AdaptedModule(nn.Module):
         """Maps (..., d_in) to (..., d_out)."""
         if self.active is None:
             return cast("Tensor", self.base(x))
-        adapter = self.adapter(self.active)
+        adapter = cast("Adapter", self.adapters[self.active])
         if self.siblings is not None and (found := self.siblings.products(self, x)) is not None:
             return cast("Factored", adapter).finish(x, *found)
         return adapter.adapted(x, self.base)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smore_cli.nn.context import current_context
+from smore_cli.nn.context import current_context, heard
 from smore_cli.nn.factored import Factored
 from smore_cli.nn.grouped import add_grouped, grouping_pays
 from smore_cli.nn.routed_block import routed_block
@@ -131,17 +131,19 @@ class Bank(Factored):
     def middle(self, latent: Tensor) -> Tensor:
         """Maps A x (N, R_a), with the router's logits beside it where it reads x, to core(A x, gates) (N, R_b)."""
         if self._one_node():
-            rows, select = len(self.A), self.router.select
-            mixed, probabilities, gates, picked = routed_block(latent, rows, select, fan=self.core is fan)
-            routing = Routing(latent[:, None, rows:], probabilities, gates, picked, latent[:, :rows])
-            self._reported(routing)
+            rows = self.A.shape[0]
+            mixed, p, gates, picked = routed_block(latent, rows, self.router.select, fan=self.core is fan)
+            if heard():  # one group
+                picked = None if picked is None else picked[:, None]
+                self._reported(Routing(latent[:, None, rows:], p[:, None], gates[:, None], picked, latent[:, :rows]))
             return mixed
         if self.router_input == "input":
-            latent, logits = latent.split([len(self.A), latent.shape[1] - len(self.A)], 1)
+            latent, logits = latent.split([self.A.shape[0], latent.shape[1] - self.A.shape[0]], 1)
             routing = self.router.route(logits)
         else:
             routing = self.router(latent)
-        return self.mix(latent, self._reported(replace(routing, latent=latent)))
+        self._reported(routing, latent=latent)
+        return self.mix(latent, routing)
 
     def _one_node(self) -> bool:
         """Whether everything between the wide products is what `routed_block` does."""
@@ -154,16 +156,16 @@ class Bank(Factored):
         """See `Factored.added`; of picked experts that are computed by themselves `latent` is the router's logits."""
         if not self.grouped:
             return super().added(x, y, latent)
-        routing = self._reported(self.router.route(latent))
+        routing = self.router.route(latent)
+        self._reported(routing)
         gates, ids = routing.gates[:, 0].topk(cast("TopK", self.router.select).k, dim=1)
         rows = F.dropout(x.reshape(-1, x.shape[-1]), self.dropout, self.training)
         return add_grouped(y, rows, self.A, self.B, gates, ids, num_experts=self.router.num_experts, scale=self.scale)
 
-    def _reported(self, routing: Routing) -> Routing:
-        """Tells the current context what was routed, and by whom."""
-        routing = replace(routing, owner=self)
-        report(routing, self, self.losses)
-        return routing
+    def _reported(self, routing: Routing, **known: Tensor) -> None:
+        """Tells the current context what was routed, and by whom; `known` are more attributes of the routing."""
+        if heard():
+            report(replace(routing, owner=self, **known), self, self.losses)
 
     def up(self) -> tuple[Tensor, Tensor | None]:
         """B."""

@@ -41,6 +41,7 @@ __all__ = [
     "RoutingTrace",
     "checkpoint_contexts",
     "current_context",
+    "heard",
 ]
 
 
@@ -248,6 +249,12 @@ _CURRENT: ContextVar[AdapterContext | None] = ContextVar("smore_adapter_context"
 def current_context() -> AdapterContext | None:
     """Returns the context of the model call that is running, if it has one."""
     return _CURRENT.get()
+
+
+def heard() -> bool:
+    """Whether anybody wants to know what is routed."""
+    context = _CURRENT.get()
+    return context is not None and (context.aux or context.observe is not None)
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from smore_cli.errors import AdapterError
-from smore_cli.nn import routed_grid as nodes
 from smore_cli.nn.bank import Bank
-from smore_cli.nn.context import current_context
-from smore_cli.nn.routed_grid import Form, Given, Prior, grid, prior_gates, routed_grid
+from smore_cli.nn.context import current_context, heard
+from smore_cli.nn.routed_grid import Form, Given, Prior, grid, kernel_of, prior_gates, routed_grid
 from smore_cli.nn.router import Router, Routing
 
 if TYPE_CHECKING:
@@ -120,9 +119,10 @@ class PriorBank(Bank):
         context, router, down = current_context(), cast("PriorRouter", self.router), len(self.A)
         if self.core is grid and self.router_input == "input" and (context is None or context.edit is None):
             form = router.form(latent, down)
-            if (kernel := nodes.find_kernel(latent, form)) is not None:
-                mixed, probabilities, gates = routed_grid(kernel, Given(latent, router.omega, router.g), form)
-                self._reported(Routing(latent[:, None, down:], probabilities, gates, None, latent[:, :down]))
+            if (kernel := kernel_of(latent, form)) is not None:
+                mixed, p, gates = routed_grid(kernel, Given(latent, router.omega, router.g), form)
+                if heard():
+                    self._reported(Routing(latent[:, None, down:], p, gates, None, latent[:, :down]))
                 return mixed
         return super().middle(latent)
 

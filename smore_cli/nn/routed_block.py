@@ -87,7 +87,7 @@ find_kernel: Callable[[Tensor, Form], Kernel | None] = no_kernel
 def routed_block(
     latent: Tensor, rows: int, select: Selector, *, fan: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns the mixed latent (N, s r), and probabilities (N, 1, s), gates (N, 1, s) and what was picked (N, 1, s).
+    """Returns the mixed latent (N, s r), and probabilities (N, s), gates (N, s) and what was picked (N, s) bool.
 
     Args:
         latent: (N, rows + s) what the experts' down-projections gave, then the router's logits.
@@ -96,17 +96,19 @@ def routed_block(
         fan: whether all experts have the same down-projection.
     """
     s = latent.shape[1] - rows
-    mixed, p, g, picked = _RoutedBlock.apply(latent, Form(s, rows if fan else rows // s, fan, select))
-    probabilities = p[:, None]
-    gates = probabilities if g is None else g[:, None]
-    return mixed, probabilities, gates, None if picked is None else picked[:, None]
+    form = Form(s, rows if fan else rows // s, fan, select)
+    if torch.is_grad_enabled():
+        mixed, p, g, picked = _RoutedBlock.apply(latent, form)
+    else:
+        mixed, (_, p, g, picked, _) = _forward(find_kernel(latent, form), latent, form)
+    return mixed, p, p if g is None else g, picked
 
 
 class _RoutedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         kernel = find_kernel(latent, form)
-        mixed, kept = forward(latent, form) if kernel is None else kernel.forward(latent, form)
+        mixed, kept = _forward(kernel, latent, form)
         if kept.picked is not None:
             ctx.mark_non_differentiable(kept.picked)
         ctx.save_for_backward(*kept)
@@ -120,6 +122,10 @@ class _RoutedBlock(torch.autograd.Function):
         dy, dp, dg, _ = grads
         make = backward if ctx.kernel is None else ctx.kernel.backward
         return make(Kept(*ctx.saved_tensors), ctx.form, dy, dp, dg), None
+
+
+def _forward(kernel: Kernel | None, latent: Tensor, form: Form) -> tuple[Tensor, Kept]:
+    return forward(latent, form) if kernel is None else kernel.forward(latent, form)
 
 
 def forward(latent: Tensor, form: Form) -> tuple[Tensor, Kept]:

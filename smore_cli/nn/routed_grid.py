@@ -18,7 +18,18 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Form", "Given", "Kernel", "Prior", "find_kernel", "grid", "no_kernel", "prior_gates", "routed_grid"]
+__all__ = [
+    "Form",
+    "Given",
+    "Kernel",
+    "Prior",
+    "find_kernel",
+    "grid",
+    "kernel_of",
+    "no_kernel",
+    "prior_gates",
+    "routed_grid",
+]
 
 
 class Prior(NamedTuple):
@@ -89,6 +100,11 @@ find_kernel: Callable[[Tensor, Form], Kernel | None] = no_kernel
 """Finds the kernel for latents and a form; set by `smore_cli.kernels.use`."""
 
 
+def kernel_of(latent: Tensor, form: Form) -> Kernel | None:
+    """Returns the kernel for latents and a form, if there is one."""
+    return find_kernel(latent, form)
+
+
 def grid(latent: Tensor, gates: Tensor) -> Tensor:
     """Grid core, y_j = sum_i g_ij h_i: latent (N, r1) and gates (N, 1, r1 r2), row by row, to (N, r2)."""
     pairs = gates.view(len(latent), latent.shape[1], -1)  # (N, r1, r2)
@@ -111,7 +127,10 @@ def prior_gates(p: Tensor, omega: Tensor, nu: Tensor, form: Form) -> Tensor:
 
 def routed_grid(kernel: Kernel, given: Given, form: Form) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y (N, r2), and probabilities and gates (N, 1, K) of the K = r1 r2 experts, by a kernel that was found."""
-    y, p, g = _RoutedGrid.apply(*given, kernel, form)
+    if torch.is_grad_enabled():
+        y, p, g = _RoutedGrid.apply(*given, kernel, form)
+    else:
+        y, p, g = kernel.forward(given, form)
     return y, p[:, None], g[:, None]
 
 

@@ -10,7 +10,6 @@ Where a kernel is known for a tree (`smore_cli.kernels`), it makes both passes; 
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from smore_cli.nn.context import heard
 from smore_cli.nn.threads import one_thread
 from smore_cli.nn.tree_router import Choice, TreeRouter
 from smore_cli.nn.wide import without_autocast
@@ -50,8 +50,10 @@ class Gradients(NamedTuple):
 class Kernel(Protocol):
     """A compiled form of one tree's core."""
 
-    def forward(self, latent: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, list[Picks]]:
-        """Returns the state (N, d_L) and the picks of a latent (N, R)."""
+    def forward(
+        self, latent: Tensor, parameters: Sequence[Tensor], *, heard: bool = True
+    ) -> tuple[Tensor, list[Picks]]:
+        """Returns the state (N, d_L) and the picks of a latent (N, R); no picks where nobody wants them."""
         ...
 
     def backward(
@@ -71,7 +73,7 @@ find_kernel: Callable[[Tree, Tensor, Sequence[Tensor]], Kernel | None] = no_kern
 
 
 def recomputed(tree: Tree, latent: Tensor, names: Sequence[str]) -> tuple[Tensor, list[Picks]]:
-    """Returns `tree.core(latent)`, all of it differentiable.
+    """Returns `tree.core(latent)`, all of it differentiable; without gradients there may be no picks if nobody listens.
 
     Args:
         tree: whose core it is.
@@ -80,10 +82,10 @@ def recomputed(tree: Tree, latent: Tensor, names: Sequence[str]) -> tuple[Tensor
     """
     if type(tree.router) is not TreeRouter:  # a mean merge puts a fixed tree there, which has no parameters
         return tree.core(latent)
-    parameters = [attrgetter(name)(tree) for name in names]  # plain tensors, where a call was lent some
+    parameters = tree.core_parameters()
     kernel = find_kernel(tree, latent, parameters)
     if not torch.is_grad_enabled():
-        return tree.core(latent) if kernel is None else kernel.forward(latent, parameters)
+        return tree.core(latent) if kernel is None else kernel.forward(latent, parameters, heard=heard())
     picks: list[Picks] = []
     state, *values = _Recomputed.apply(tree, kernel, names, picks, latent, *parameters)
     remaining = iter(values)

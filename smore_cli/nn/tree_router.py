@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smore_cli.nn.balance import ImportanceLoadLoss, SwitchBalanceLoss
-from smore_cli.nn.context import current_context
+from smore_cli.nn.context import current_context, heard
 from smore_cli.nn.router import Routing, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from smore_cli.nn.context import AdapterContext
     from smore_cli.nn.router import RouterLoss
 
 __all__ = ["Activation", "Choice", "Gate", "GateWeights", "Picks", "TreeRouter", "activation_module", "one_hot_rows"]
@@ -248,9 +249,9 @@ class TreeRouter(nn.Module):
 
     def report(self, picks: Sequence[Picks], owner: nn.Module) -> None:
         """Tells the current context of every level, the root's children first; `owner` is the adapter."""
-        context = current_context()
-        if context is None or not (context.aux or context.observe is not None):
+        if not heard():
             return
+        context = cast("AdapterContext", current_context())
         losses: list[RouterLoss] = []
         if self.gate != "dense":
             kind = ImportanceLoadLoss if self.gate == "noisy_topk" else SwitchBalanceLoss

@@ -79,7 +79,7 @@ def supports(base: nn.Module) -> bool:
         return False
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return False
-    if "forward" in base.__dict__ or any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+    if "forward" in base.__dict__ or any(each is not None and each.requires_grad for each in base._parameters.values()):
         return False
     return type(base.weight).__name__ != "DTensor"
 
@@ -127,7 +127,7 @@ def down(x: Tensor, readers: Sequence[Reader]) -> list[tuple[Tensor, Tensor]]:
 
 
 def add_up(y: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Returns y + scale (mixed weight^T + bias), computed in place of y, which must have come from `down`.
+    """Returns y + scale (mixed weight^T + bias), computed in place of y, which must have come from `down`; no autocast.
 
     Args:
         y: (N, d_out).
@@ -138,8 +138,7 @@ def add_up(y: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, scale:
     """
     if torch.is_grad_enabled():
         return cast("Tensor", _Up.apply(y, mixed, weight, bias, scale))
-    with without_autocast(y.device):
-        return _added(y, mixed.to(y.dtype), weight, bias, scale)
+    return _added(y, _cast(mixed, y.dtype), weight, bias, scale)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -151,28 +150,33 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _frugal(x: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
     """As `down`, without gradients: a product for every part of V, so that decoding stacks no weights."""
+    base, parts = reader
     dtype = _compute_dtype(x)
     wide = torch.promote_types(dtype, torch.float32)
     x = x.reshape(-1, x.shape[-1])
-    y = reader.base(x).to(dtype)
-    parts = reader.down
+    y = _cast(base(x), dtype)
     with without_autocast(x.device):
-        low = drop(x, parts.dropout)[0].to(dtype)
-        biases = parts.bias or (None,) * len(parts.rows)
+        low = _cast(drop(x, parts.dropout)[0], dtype)
+        biases: list[Tensor | None] = [_cast(bias, dtype) for bias in parts.bias]
+        biases = biases or [None] * len(parts.rows)
         found = [
-            F.linear(low, rows.to(dtype), bias if bias is None else bias.to(dtype)).to(wide)
-            for rows, bias in zip(parts.rows, biases, strict=True)
+            _cast(F.linear(low, _cast(rows, dtype), bias), wide) for rows, bias in zip(parts.rows, biases, strict=True)
         ]
         if parts.exact:
-            high = x.to(wide)
-            found += [F.linear(high, rows.to(wide)) for rows in parts.exact]
+            high = _cast(x, wide)
+            found += [F.linear(high, _cast(rows, wide)) for rows in parts.exact]
         return y, found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `tensor.to(dtype)`, which takes longer to find out that it has nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def _added(y: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    y.addmm_(low, weight.to(y.dtype).t(), alpha=scale)
+    y.addmm_(low, _cast(weight, y.dtype).t(), alpha=scale)
     if bias is not None:
-        y.add_(bias.to(y.dtype), alpha=scale)
+        y.add_(_cast(bias, y.dtype), alpha=scale)
     return y
 
 
@@ -229,8 +233,7 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, mixed: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         low = mixed.to(y.dtype)
-        with without_autocast(y.device):
-            _added(y, low, weight, bias, scale)
+        _added(y, low, weight, bias, scale)
         ctx.mark_dirty(y)
         ctx.save_for_backward(low, weight)
         ctx.scale, ctx.dtype = scale, mixed.dtype

@@ -80,7 +80,7 @@ def test_of_equal_experts_the_first_goes_first() -> None:
     kernels.use()
     for select in (TopK(2), TopP(0.4), TopP(0.5, crossing=False)):
         *_, picked = routed_block(latent, 8, select)
-        assert picked is not None and picked.tolist() == [[[True, True, False, False]]] * 5
+        assert picked is not None and picked.tolist() == [[True, True, False, False]] * 5
 
 
 @pytest.mark.parametrize("select", [SELECTORS[name] for name in ("all", "top-2", "top-p", "hybrid")], ids=repr)

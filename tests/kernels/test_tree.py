@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call
 
 from smore_cli import kernels
 from smore_cli.kernels import compiled
@@ -15,6 +18,7 @@ from smore_cli.kernels import tree as tree_kernel
 from smore_cli.nn import AdapterContext, tree_recompute
 from smore_cli.nn.gate_edit import GateEdit
 from tests.kernels.trees import FORMS, OTHER_FORMS, assert_close, make, step
+from tests.nn.trees import randomise_
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,6 +136,43 @@ def test_not_a_number_stays_one() -> None:
         state = kernel.forward(bad, [attrgetter(name)(tree).detach() for name in tree.core_names])[0]
         assert state[7].isnan().any()
         assert state.isnan().any(1).sum() == 1
+
+
+def test_whoever_does_not_listen_gets_the_same_state() -> None:
+    tree = make()
+    latent = torch.randn(5, tree.down().height)
+    kernel = kernel_of(tree, latent)
+    assert kernel is not None
+    (state, picks), (alone, none) = (
+        kernel.forward(latent, tree.core_parameters(), heard=heard) for heard in (True, False)
+    )
+    assert torch.equal(state, alone)
+    assert len(picks) == 2 and none == []
+
+
+@pytest.mark.parametrize("use", [True, False], ids=["kernel", "PyTorch"])
+def test_parameters_are_those_of_now(use: bool) -> None:
+    """Changed in place, replaced, lent for a call, copied, in another memory layout."""
+    tree, other = make(), make()
+    randomise_(other)
+    other.load_state_dict({name: -2 * value for name, value in tree.state_dict().items()})
+    x, y = torch.randn(3, 24), torch.zeros(3, 20)
+    if use:
+        kernels.use()
+    with torch.no_grad():
+        before, after = tree(x, y), other(x, y)
+        assert not torch.equal(before, after)
+        assert torch.equal(functional_call(tree, dict(other.state_dict()), (x, y)), after)
+        assert torch.equal(tree(x, y), before)
+        copied = copy.deepcopy(tree)
+        copied.load_state_dict(other.state_dict(), assign=True)
+        assert torch.equal(copied(x, y), after)
+        copied.W[0] = nn.Parameter(other.W[0].t().contiguous().t())
+        assert torch.equal(copied(x, y), after)
+        for parameter, value in zip(tree.parameters(), other.parameters(), strict=True):
+            parameter.copy_(value)
+        assert torch.equal(tree(x, y), after)
+        torch.testing.assert_close(copied.double()(x.double(), y.double()).float(), after, rtol=1e-4, atol=1e-4)
 
 
 def test_large_numbers_saturate() -> None:

@@ -42,9 +42,9 @@ def latents(tied: bool) -> Tensor:
 
 
 def by_parts(latent: Tensor, select: Selector, tied: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    probabilities = latent[:, None, rows(tied) :].softmax(-1)
+    probabilities = latent[:, rows(tied) :].softmax(-1)
     gates, picked = select(probabilities)
-    return (fan if tied else block)(latent[:, : rows(tied)], gates), probabilities, gates, picked
+    return (fan if tied else block)(latent[:, : rows(tied)], gates[:, None]), probabilities, gates, picked
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["block", "fan"])
@@ -73,6 +73,17 @@ def test_gradients_are_those_of_finite_differences(name: str, tied: bool) -> Non
     assert torch.autograd.gradcheck(
         lambda latent: routed_block(latent, rows(tied), select, fan=tied)[:3], latents(tied)
     )
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["block", "fan"])
+@pytest.mark.parametrize("name", SELECTORS)
+def test_without_gradients_it_is_the_same_to_the_bit(name: str, tied: bool) -> None:
+    latent, select = latents(tied), SELECTORS[name]
+    found = routed_block(latent, rows(tied), select, fan=tied)
+    with torch.no_grad():
+        again = routed_block(latent, rows(tied), select, fan=tied)
+    for a, b in zip(found, again, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("core", "down"), [(block, S * R), (fan, R)])
