@@ -103,7 +103,7 @@ def require_equal(method: str, found: Sequence[Tensor | None], expected: Sequenc
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments(__doc__, repeats=30)
-    compiled = ["mola", "loramoe", "dynmole", "hydralora", "smore"]
+    compiled = ["mola", "loramoe", "dynmole", "hydralora", "trex", "smore"]
     parser.add_argument("--methods", nargs="+", default=compiled, choices=METHODS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="tokens of a pass, a multiple of 4")
     parser.add_argument("--width", type=int, default=576, help="of the adapted map")

@@ -1,11 +1,9 @@
 """Small operations on one thread.
 
 Between the two wide products of an adapter there are dozens of operations on a few numbers a token. Threads cannot
-help them, and to wake a sleeping one takes longer than most of them: at 1024 tokens, on two cores, the core of an
-S'MoRE tree took 10.0 ms forward and backward with two threads that sleep between operations and 7.5 ms with one.
-Threads that spin instead took 6.0 ms on an idle machine and 316 ms beside one busy process. The same holds for an
-optimiser that goes from one small tensor to the next: AdamW on the 5040 tensors (22 M numbers) of an S'MoRE adapter
-took 369 ms with two threads and 56 with one, on the 420 of a LoRA of that size 35 and 16.
+help them, and to wake a sleeping one takes longer than most of them; threads that spin in place of sleeping take
+longer still beside one busy process. The same holds for an optimiser that goes from one small tensor to the next
+(`benchmarks/optimiser.py`).
 """
 
 from __future__ import annotations
