@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -116,8 +116,9 @@ class PriorBank(Bank):
 
     def middle(self, latent: Tensor) -> Tensor:
         """As `Bank.middle`; a grid under a router on x is one node where there is a kernel for it."""
-        context, router, down = current_context(), cast("PriorRouter", self.router), len(self.A)
-        if self.core is grid and self.router_input == "input" and (context is None or context.edit is None):
+        context, router, down = current_context(), self.router, len(self.A)
+        known = self.core is grid and self.router_input == "input" and (context is None or context.edit is None)
+        if known and isinstance(router, PriorRouter):  # inspection and merging put others there
             form = router.form(latent, down)
             if (kernel := kernel_of(latent, form)) is not None:
                 mixed, p, gates = routed_grid(kernel, Given(latent, router.omega, router.g), form)
