@@ -190,18 +190,6 @@ def test_everything_a_page_shows_works(
             assert block.language == "text", f"{page.name}: a block in {block.language!r}, which no test runs"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["cores", "attention", "optimiser"])
-def test_a_benchmark_of_one_part_runs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    (tmp_path / "tiny-llama").symlink_to(request.getfixturevalue("tiny_llama"))
-    argv = [sys.executable, str(PROJECT / "benchmarks" / f"{name}.py"), *TINY[name], "--repeats", "1"]
-    printed = run([*argv, "--json", "found.json"], tmp_path)
-    measured = (tmp_path / "found.json").exists()
-    assert measured or "nothing is measured" in printed  # of one core the optimiser's has nothing to say
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"] if measured else []
-    assert all(row[key] > 0 for row in rows for key in row if key.endswith(" ms") and row[key] is not None)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
