@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from smore_cli.nn.tree_recompute import Gradients, Kernel
     from smore_cli.nn.tree_router import LevelRouter
 
-__all__ = ["TreeKernel", "find"]
+__all__ = ["TreeKernel", "find", "unwritten_picks"]
 
 MOST_LEVELS = 8
 MOST_NODES, MOST_EXPERTS = 64, 16
@@ -136,7 +136,7 @@ class TreeKernel:
     """The core of one tree, in float32; N tokens."""
 
     def __init__(self, tree: Tree, compiled: ctypes.CDLL) -> None:
-        self._fanout, self._shape = list(tree.router.fanout), _shape(tree)
+        self._fanout, self._experts, self._shape = tree.router.fanout, tree.num_experts, _shape(tree)
         self._forward, self._backward = compiled.smore_tree_forward, compiled.smore_tree_backward
         self._forward.argtypes, self._backward.argtypes = _FORWARD, _BACKWARD
         self._width = tree.widths[-1]
@@ -159,12 +159,7 @@ class TreeKernel:
         n, shape = len(latent), self._shape
         latent = latent.detach() if latent.stride(1) == 1 else latent.detach().contiguous()
         state = latent.new_empty(n, self._width)
-        picks = list[Picks]()
-        for l in range(shape.levels if heard else 0):
-            path = self._fanout[l + 1 :]
-            chosen = torch.empty(shape.f[l], *path, n, dtype=torch.int64)
-            alpha, logits, probabilities = (latent.new_empty(c, *path, n) for c in (shape.f[l], shape.s[l], shape.s[l]))
-            picks.append(Picks(Choice(chosen), alpha, logits, probabilities))
+        picks = unwritten_picks(latent, self._fanout, self._experts) if heard else []
         found = _Picks()
         for l, each in enumerate(picks):
             found.chosen[l], found.alpha[l] = each.chosen.data_ptr(), each.alpha.data_ptr()
@@ -216,6 +211,23 @@ class TreeKernel:
         each = found[0, : sum(sizes)].clone().split(sizes)  # a copy, so that the other threads' rows are freed
         grads = [grad.view(p.shape).to(p.dtype) for grad, p in zip(each, parameters, strict=True)]
         return [d_latent, *grads]
+
+
+def unwritten_picks(latent: Tensor, fanout: Sequence[int], experts: Sequence[int]) -> list[Picks]:
+    """Returns room for what the router of a tree picks, leaves first: each tensor (f or s, *fanouts above, N).
+
+    Args:
+        latent: (N, R), on whose device it is.
+        fanout: f of every level.
+        experts: s of every level.
+    """
+    n, picks = len(latent), list[Picks]()
+    for l, (f, s) in enumerate(zip(fanout, experts, strict=True)):
+        path = fanout[l + 1 :]
+        chosen = torch.empty(f, *path, n, dtype=torch.int64, device=latent.device)
+        alpha, logits, probabilities = (latent.new_empty(each, *path, n) for each in (f, s, s))
+        picks.append(Picks(Choice(chosen), alpha, logits, probabilities))
+    return picks
 
 
 def _dense(parameters: Sequence[Tensor]) -> list[Tensor]:

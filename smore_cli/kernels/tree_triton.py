@@ -26,6 +26,7 @@ import triton.language as tl
 from torch.func import functional_call
 
 from smore_cli.kernels.block_triton import on
+from smore_cli.kernels.tree import unwritten_picks
 from smore_cli.kernels.tree_triton_steps import (
     add_matrix,
     add_row,
@@ -51,7 +52,6 @@ from smore_cli.kernels.tree_triton_steps import (
     weigh,
 )
 from smore_cli.nn.tree_recompute import Core, Gradients
-from smore_cli.nn.tree_router import Choice, Picks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
     from smore_cli.kernels.tree_shape import Shape
     from smore_cli.nn.tree import Tree
+    from smore_cli.nn.tree_router import Picks
 
 __all__ = ["TritonTree"]
 
@@ -198,12 +199,7 @@ class TritonTree:
         latent = latent if latent.stride(1) == 1 else latent.contiguous()
         n, q = len(latent), self.shape
         state = latent.new_empty(n, q.levels[-1].d)
-        picks: list[Picks] = []
-        for l, level in enumerate(q.levels):
-            path = [above.f for above in q.levels[l + 1 :]]
-            chosen = torch.empty(level.f, *path, n, dtype=torch.int64, device=latent.device)
-            alpha, logits, probabilities = (latent.new_empty(c, *path, n) for c in (level.f, level.s, level.s))
-            picks.append(Picks(Choice(chosen), alpha, logits, probabilities))
+        picks = unwritten_picks(latent, [level.f for level in q.levels], [level.s for level in q.levels])
         found = [each for made in picks for each in (made.chosen, made.alpha, made.logits, made.probabilities)]
         with on(latent.device):
             _forward[(triton.cdiv(n, q.T),)](
